@@ -1,1 +1,13 @@
-//! guest-sdk
+//! Drivers for Paravane guests, and a runtime for guests that have no kernel of their own.
+#![no_std]
+
+extern crate alloc;
+
+pub use log;
+pub use pv_abi as abi;
+
+pub mod clock;
+#[cfg(feature = "flat")]
+pub mod flat;
+pub mod platform;
+pub mod sync;
