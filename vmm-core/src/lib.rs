@@ -1,1 +1,5 @@
-//! vmm-core
+//! A hypervisor library.
+mod fault;
+mod image;
+pub mod limits;
+mod memory;

@@ -1,0 +1,50 @@
+//! Every bound of the library, with its reason. The ABI's own are in [`pv_abi::limits`].
+
+use std::time::Duration;
+
+/// Loadable segments in an image. Linkers make four; more means a crafted file.
+pub const MAX_SEGMENTS: usize = 16;
+/// Program headers that are looked at.
+pub const MAX_PROGRAM_HEADERS: usize = 64;
+/// Bytes in an image file: far above any unikernel, far below what would hurt the host.
+pub const MAX_IMAGE_LEN: usize = 512 << 20;
+/// Least private RAM, in bytes: an image, a stack and something left to allocate from.
+pub const MIN_MEMORY: u64 = 4 << 20;
+/// Most private RAM, in bytes: what lies below the first arena, less the MMIO hole.
+pub const MAX_MEMORY: u64 = pv_abi::layout::RAM_LOW_END - pv_abi::layout::RAM_BASE
+    + (pv_abi::layout::RAM_HIGH_END - pv_abi::layout::RAM_HIGH_BASE);
+/// Stack of a vCPU when the image's note asks for nothing, in bytes.
+pub const DEFAULT_STACK: u64 = 256 << 10;
+/// Most stack that a note may ask for, in bytes.
+pub const MAX_STACK: u64 = 64 << 20;
+/// Least arena, in bytes: one large page.
+pub const MIN_ARENA: u64 = pv_abi::layout::LARGE_PAGE_SIZE;
+/// Bytes of an arena when the embedder names no size: 32 requests of 128 KiB and the rings.
+pub const DEFAULT_ARENA: u64 = 8 << 20;
+/// Bytes of the arena that the in-process devices share.
+pub const HOST_ARENA: u64 = MIN_ARENA;
+/// Entries in a queue of an in-process device.
+pub const HOST_QUEUE_SIZE: u16 = 128;
+/// How long one vhost-user reply may take before the backend counts as lost.
+pub const BACKEND_REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long `build` waits for a backend's first handshake.
+pub const BACKEND_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pauses between attempts to bring a lost backend back: first and longest.
+pub const RECONNECT_PAUSE: (Duration, Duration) =
+    (Duration::from_millis(10), Duration::from_millis(1000));
+/// Console input that waits for the guest, in bytes; more is refused to the embedder.
+pub const MAX_CONSOLE_INPUT: usize = 64 << 10;
+/// Console output that one chain may carry, in bytes.
+pub const MAX_CONSOLE_CHAIN: usize = 64 << 10;
+/// Random bytes that one chain may ask for.
+pub const MAX_RNG_CHAIN: usize = 64 << 10;
+/// Chains that an in-process device serves before it looks at its other queues.
+pub const DEVICE_BATCH: usize = 64;
+/// How long `pause` and `stop` wait for a vCPU to leave the guest before they report a host error.
+pub const VCPU_KICK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause between repeated kicks of a vCPU that has not left the guest yet.
+pub const VCPU_KICK_PAUSE: Duration = Duration::from_millis(20);
+/// How often the clock page is updated while the VM runs.
+pub const CLOCK_UPDATE: Duration = Duration::from_secs(2);
+/// How long the sandboxed process may take to report that it is ready.
+pub const STUB_READY_TIMEOUT: Duration = Duration::from_secs(20);

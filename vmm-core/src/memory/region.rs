@@ -1,0 +1,227 @@
+//! One mapping: made, advised, sealed, and read or written without references into it.
+#![allow(unsafe_code)]
+// UNSAFETY: madvise and memfd_create have no safe wrapper; all access goes through vm-memory.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+
+/// Huge pages of private RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HugePages {
+    /// They were asked for.
+    pub asked: bool,
+    /// Bytes that are on huge pages now, as the host kernel reports it.
+    pub bytes: u64,
+}
+
+/// What a region uses of the host now.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Usage {
+    pub(crate) resident: u64,
+    pub(crate) huge: HugePages,
+}
+
+/// What is behind a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// Private anonymous memory.
+    Anonymous,
+    /// A sealed memfd with this name.
+    Memfd(&'static str),
+}
+
+/// A mapping of guest memory, readable and writable by the VMM.
+#[derive(Clone, Debug)]
+pub(crate) struct Region {
+    map: Arc<MmapRegion>,
+    file: Option<Arc<File>>,
+    len: u64,
+    huge: std::sync::Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Region {
+    pub(crate) fn new(len: u64, backing: Backing) -> io::Result<Region> {
+        let size = usize::try_from(len).map_err(io::Error::other)?;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let builder = MmapRegionBuilder::new(size).with_mmap_prot(prot);
+        let (builder, file) = match backing {
+            Backing::Anonymous => {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+                (builder.with_mmap_flags(flags), None)
+            }
+            Backing::Memfd(name) => {
+                let file = memfd(name, len)?;
+                let builder = builder
+                    .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                    .with_file_offset(FileOffset::new(file.try_clone()?, 0));
+                (builder, Some(Arc::new(file)))
+            }
+        };
+        let map = builder.build().map_err(io::Error::other)?;
+        let region = Region {
+            map: Arc::new(map),
+            file,
+            len,
+            huge: Arc::default(),
+        };
+        region.advise(0, libc::MADV_DONTFORK)?;
+        region.advise(0, libc::MADV_DONTDUMP)?;
+        Ok(region)
+    }
+
+    fn advise(&self, from: u64, advice: libc::c_int) -> io::Result<()> {
+        let from = usize::try_from(from)
+            .map_err(io::Error::other)?
+            .min(self.map.size());
+        // SAFETY: the range lies in a mapping that `self.map` owns, and none of the advices used
+        // here changes what its bytes are.
+        let r = unsafe {
+            libc::madvise(
+                self.map.as_ptr().add(from).cast(),
+                self.map.size() - from,
+                advice,
+            )
+        };
+        if r == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    /// Asks for huge pages from this offset on. A host that has none is not an error.
+    pub(crate) fn ask_huge(&self, from: u64) {
+        let from = from.next_multiple_of(pv_abi::layout::LARGE_PAGE_SIZE);
+        if from < self.len && self.advise(from, libc::MADV_HUGEPAGE).is_ok() {
+            self.huge.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    /// Makes all pages present and writable.
+    pub(crate) fn prefault(&self) -> io::Result<()> {
+        self.advise(0, libc::MADV_POPULATE_WRITE)
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// The memfd, for regions that have one.
+    pub(crate) fn file(&self) -> Option<&File> {
+        self.file.as_deref()
+    }
+
+    /// The shared file handle, for mappings that outlive this one.
+    pub(crate) fn file_arc(&self) -> Option<Arc<File>> {
+        self.file.clone()
+    }
+
+    /// Address in the VMM; for the memory slots of kvm and for futexes.
+    pub(crate) fn host_address(&self) -> u64 {
+        self.map.as_ptr() as u64
+    }
+
+    fn at(offset: u64) -> usize {
+        usize::try_from(offset).unwrap_or(usize::MAX)
+    }
+
+    pub(crate) fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let whole = self.map.as_volatile_slice();
+        whole
+            .read_slice(buffer, Self::at(offset))
+            .map_err(io::Error::other)
+    }
+
+    pub(crate) fn write_bytes(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let whole = self.map.as_volatile_slice();
+        whole
+            .write_slice(bytes, Self::at(offset))
+            .map_err(io::Error::other)
+    }
+
+    /// One copy of a structure.
+    pub(crate) fn read<T: FromBytes + IntoBytes>(&self, offset: u64) -> io::Result<T> {
+        let mut value = T::new_zeroed();
+        self.read_bytes(offset, value.as_mut_bytes())?;
+        Ok(value)
+    }
+
+    pub(crate) fn write<T: IntoBytes + Immutable>(&self, offset: u64, value: &T) -> io::Result<()> {
+        self.write_bytes(offset, value.as_bytes())
+    }
+
+    /// A shared word. Whoever else maps the region may change it at any time.
+    pub(crate) fn word32(&self, offset: u64) -> io::Result<&AtomicU32> {
+        self.map
+            .get_atomic_ref(Self::at(offset))
+            .map_err(io::Error::other)
+    }
+
+    /// A shared word. Whoever else maps the region may change it at any time.
+    pub(crate) fn word64(&self, offset: u64) -> io::Result<&AtomicU64> {
+        self.map
+            .get_atomic_ref(Self::at(offset))
+            .map_err(io::Error::other)
+    }
+
+    /// What the kernel says of this mapping in `smaps`; zeroes where it does not say.
+    pub(crate) fn usage(&self) -> Usage {
+        let asked = self.huge.load(std::sync::atomic::Ordering::Relaxed);
+        let mut usage = Usage {
+            resident: 0,
+            huge: HugePages { asked, bytes: 0 },
+        };
+        let Ok(smaps) = std::fs::read_to_string("/proc/self/smaps") else {
+            return usage;
+        };
+        let (start, end) = (self.host_address(), self.host_address() + self.len);
+        let mut ours = false;
+        for line in smaps.lines() {
+            let mut words = line.split_ascii_whitespace();
+            let (Some(key), Some(value)) = (words.next(), words.next()) else {
+                continue;
+            };
+            if let Some((from, _)) = key.split_once('-')
+                && let Ok(from) = u64::from_str_radix(from, 16)
+            {
+                ours = (start..end).contains(&from);
+            } else if ours && let Ok(kib) = value.parse::<u64>() {
+                match key {
+                    "Rss:" => usage.resident += kib << 10,
+                    "AnonHugePages:" | "ShmemPmdMapped:" | "FilePmdMapped:" => {
+                        usage.huge.bytes += kib << 10;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        usage
+    }
+}
+
+/// A memfd of this size that nobody can resize, and to which nobody can add seals.
+fn memfd(name: &str, len: u64) -> io::Result<File> {
+    let name = std::ffi::CString::new(name)?;
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a valid C string. MFD_NOEXEC_SEAL is not asked for: kernels older than
+    // 6.3 refuse it, and the seals below include everything that matters here.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a fresh descriptor that nothing else owns.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: adding seals touches no memory.
+    if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
+}
