@@ -1,0 +1,263 @@
+//! The FAT volume: every file is hashed, then the manifest is written.
+
+use crate::cache::{Cache, CacheError};
+use crate::disk::Disk;
+use crate::limits::{HASH_BUFFER, LONG_NAME, MAX_DEPTH, SECTOR};
+use crate::manifest;
+use alloc::string::{String, ToString};
+use alloc::vec;
+use alloc::vec::Vec;
+use core::cell::RefCell;
+use core::fmt;
+use core::ops::ControlFlow;
+use embedded_sdmmc::{
+    Block, BlockCount, BlockDevice, BlockIdx, LfnBuffer, Mode, RawDirectory, RawFile,
+    ShortFileName, TimeSource, Timestamp, VolumeIdx, VolumeManager,
+};
+use sha2::{Digest, Sha256};
+
+/// What was done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Files hashed.
+    pub files: u64,
+    /// Folders entered, the root left out.
+    pub folders: u64,
+    /// Bytes hashed.
+    pub bytes: u64,
+    /// Nanoseconds from the first to the last file.
+    pub hash_ns: u64,
+}
+
+/// Why the work could not be done.
+#[derive(Debug)]
+pub enum WalkError<E: core::error::Error + 'static> {
+    /// The volume is damaged, full, or of a kind that cannot be mounted.
+    Volume(embedded_sdmmc::Error<CacheError<E>>),
+    /// The disk failed while the last changes were written.
+    Flush(CacheError<E>),
+    /// Folders are nested too deep.
+    TooDeep,
+    /// A file ended before its length.
+    Short,
+}
+
+impl<E: core::error::Error + 'static> fmt::Display for WalkError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WalkError::Volume(source) => write!(f, "the FAT volume: {source}"),
+            WalkError::Flush(source) => write!(f, "flushing: {source}"),
+            WalkError::TooDeep => write!(f, "folders are nested deeper than {MAX_DEPTH}"),
+            WalkError::Short => f.write_str("a file ended before its length"),
+        }
+    }
+}
+
+impl<E: core::error::Error + 'static> core::error::Error for WalkError<E> {}
+
+/// Mounts the first partition, hashes every file, writes the manifest, and flushes.
+///
+/// `now_ns` is a clock, `wall` the time that the manifest's directory entry gets.
+///
+/// # Errors
+///
+/// When the disk fails or the volume is damaged. What was written before stays.
+pub fn hash_volume<D: Disk>(
+    disk: D,
+    now_ns: impl Fn() -> u64,
+    wall: Timestamp,
+) -> Result<(Summary, D), WalkError<D::Error>> {
+    let device = Sectors(RefCell::new(Cache::new(disk)));
+    let manager = Manager::new_with_limits(device, Wall(wall), 0);
+    let volume = manager
+        .open_raw_volume(VolumeIdx(0))
+        .map_err(WalkError::Volume)?;
+    let root = manager.open_root_dir(volume).map_err(WalkError::Volume)?;
+    let start = now_ns();
+    let mut walk = Walk {
+        manager: &manager,
+        buffer: vec![0; HASH_BUFFER],
+        manifest: String::new(),
+        summary: Summary::default(),
+    };
+    walk.folders(root)?;
+    walk.summary.hash_ns = now_ns().saturating_sub(start);
+    let (summary, text) = (walk.summary, walk.manifest);
+    write_manifest(&manager, root, text.as_bytes()).map_err(WalkError::Volume)?;
+    manager.close_dir(root).map_err(WalkError::Volume)?;
+    manager.close_volume(volume).map_err(WalkError::Volume)?;
+    let (device, _) = manager.free();
+    let mut cache = device.0.into_inner();
+    cache.flush().map_err(WalkError::Flush)?;
+    Ok((summary, cache.into_disk()))
+}
+
+type Manager<D> = VolumeManager<Sectors<D>, Wall, { MAX_DEPTH + 1 }, 1, 1>;
+type VolumeResult<T, D> = Result<T, embedded_sdmmc::Error<CacheError<<D as Disk>::Error>>>;
+
+fn write_manifest<D: Disk>(
+    manager: &Manager<D>,
+    root: RawDirectory,
+    text: &[u8],
+) -> VolumeResult<(), D> {
+    let mode = Mode::ReadWriteCreateOrTruncate;
+    let file = manager.open_file_in_dir(root, manifest::NAME, mode)?;
+    let written = manager.write(file, text);
+    let closed = manager.close_file(file);
+    written.and(closed)
+}
+
+struct Walk<'a, D: Disk> {
+    manager: &'a Manager<D>,
+    buffer: Vec<u8>,
+    manifest: String,
+    summary: Summary,
+}
+
+/// A folder whose files are done and whose own folders are not.
+struct Level {
+    folder: RawDirectory,
+    below: Vec<(ShortFileName, String)>,
+    /// Bytes of path that lead here.
+    path: usize,
+}
+
+/// What a folder holds: short names, by which things are opened, and names as people wrote them.
+#[derive(Default)]
+struct Listing {
+    files: Vec<(ShortFileName, String)>,
+    folders: Vec<(ShortFileName, String)>,
+}
+
+impl<D: Disk> Walk<'_, D> {
+    /// All of the tree, without recursion: guests have small stacks.
+    fn folders(&mut self, root: RawDirectory) -> Result<(), WalkError<D::Error>> {
+        let mut path = String::new();
+        let mut levels = vec![self.enter(root, &path)?];
+        while let Some(level) = levels.last_mut() {
+            path.truncate(level.path);
+            let Some((short, name)) = level.below.pop() else {
+                let done = level.folder;
+                levels.pop();
+                if !levels.is_empty() {
+                    self.manager.close_dir(done).map_err(WalkError::Volume)?;
+                }
+                continue;
+            };
+            if levels.len() > MAX_DEPTH {
+                return Err(WalkError::TooDeep);
+            }
+            let parent = levels.last().map_or(root, |level| level.folder);
+            let opened = self.manager.open_dir(parent, &short);
+            let folder = opened.map_err(WalkError::Volume)?;
+            path.push_str(&name);
+            path.push('/');
+            self.summary.folders += 1;
+            levels.push(self.enter(folder, &path)?);
+        }
+        Ok(())
+    }
+
+    /// Hashes the files of a folder; what is left to do is its folders.
+    fn enter(&mut self, folder: RawDirectory, path: &str) -> Result<Level, WalkError<D::Error>> {
+        let mut listing = self.list(folder).map_err(WalkError::Volume)?;
+        for (short, name) in &listing.files {
+            if path.is_empty() && name.eq_ignore_ascii_case(manifest::NAME) {
+                continue;
+            }
+            let mode = Mode::ReadOnly;
+            let opened = self.manager.open_file_in_dir(folder, short, mode);
+            let file = opened.map_err(WalkError::Volume)?;
+            let digest = self.hash(file);
+            self.manager.close_file(file).map_err(WalkError::Volume)?;
+            let full = [path, name].concat();
+            manifest::push_line(&mut self.manifest, &digest?, &full);
+            self.summary.files += 1;
+        }
+        listing.folders.reverse();
+        Ok(Level {
+            folder,
+            below: listing.folders,
+            path: path.len(),
+        })
+    }
+
+    fn list(&self, folder: RawDirectory) -> VolumeResult<Listing, D> {
+        let mut storage = [0; LONG_NAME];
+        let mut long = LfnBuffer::new(&mut storage);
+        let mut listing = Listing::default();
+        self.manager
+            .iterate_dir_lfn(folder, &mut long, |entry, name| {
+                let attributes = entry.attributes;
+                let is_dot = entry.name == ShortFileName::this_dir()
+                    || entry.name == ShortFileName::parent_dir();
+                if !attributes.is_volume() && !is_dot {
+                    let name = name.map_or_else(|| entry.name.to_string(), ToString::to_string);
+                    let list = match attributes.is_directory() {
+                        true => &mut listing.folders,
+                        false => &mut listing.files,
+                    };
+                    list.push((entry.name.clone(), name));
+                }
+                ControlFlow::Continue(())
+            })?;
+        Ok(listing)
+    }
+
+    fn hash(&mut self, file: RawFile) -> Result<[u8; manifest::DIGEST], WalkError<D::Error>> {
+        let length = self.manager.file_length(file).map_err(WalkError::Volume)?;
+        let mut left = u64::from(length);
+        let mut hasher = Sha256::new();
+        while left > 0 {
+            let read = self.manager.read(file, &mut self.buffer);
+            let count = read.map_err(WalkError::Volume)?;
+            if count == 0 {
+                return Err(WalkError::Short);
+            }
+            hasher.update(&self.buffer[..count]);
+            left = left.saturating_sub(count as u64);
+        }
+        self.summary.bytes += u64::from(length);
+        Ok(hasher.finalize().into())
+    }
+}
+
+struct Wall(Timestamp);
+
+impl TimeSource for Wall {
+    fn get_timestamp(&self) -> Timestamp {
+        self.0
+    }
+}
+
+/// The cache, seen as the file system sees a disk.
+struct Sectors<D: Disk>(RefCell<Cache<D>>);
+
+impl<D: Disk> BlockDevice for Sectors<D> {
+    type Error = CacheError<D::Error>;
+
+    fn read(&self, blocks: &mut [Block], start: BlockIdx) -> Result<(), Self::Error> {
+        let mut cache = self.0.borrow_mut();
+        for (i, block) in (0u64..).zip(blocks) {
+            // A sector lies in one chunk, so one step copies it whole.
+            cache.read(
+                (u64::from(start.0) + i) * SECTOR as u64,
+                &mut block.contents,
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, blocks: &[Block], start: BlockIdx) -> Result<(), Self::Error> {
+        let mut cache = self.0.borrow_mut();
+        for (i, block) in (0u64..).zip(blocks) {
+            cache.write((u64::from(start.0) + i) * SECTOR as u64, &block.contents)?;
+        }
+        Ok(())
+    }
+
+    fn num_blocks(&self) -> Result<BlockCount, Self::Error> {
+        let sectors = self.0.borrow().sectors();
+        Ok(BlockCount(u32::try_from(sectors).unwrap_or(u32::MAX)))
+    }
+}
