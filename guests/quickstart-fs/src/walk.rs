@@ -148,7 +148,7 @@ impl<D: Disk> Walk<'_, D> {
                 return Err(WalkError::TooDeep);
             }
             let parent = levels.last().map_or(root, |level| level.folder);
-            let opened = self.manager.open_dir(parent, &short);
+            let opened = self.manager.open_dir(parent, short);
             let folder = opened.map_err(WalkError::Volume)?;
             path.push_str(&name);
             path.push('/');
@@ -197,7 +197,7 @@ impl<D: Disk> Walk<'_, D> {
                         true => &mut listing.folders,
                         false => &mut listing.files,
                     };
-                    list.push((entry.name.clone(), name));
+                    list.push((entry.name, name));
                 }
                 ControlFlow::Continue(())
             })?;

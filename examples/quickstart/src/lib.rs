@@ -1,0 +1,16 @@
+//! The quickstart: a folder becomes a disk, a guest hashes it, the host checks the result.
+//!
+//! | module | room |
+//! |---|---|
+//! | [`scan`] | what there is to pack, and what cannot be packed |
+//! | [`image`] | the image file: partition table, FAT volume, the file as a disk |
+//! | [`pack`] | from the plan to the image, hashing on the way |
+//! | [`verify`] | the image after the guest |
+//! | [`limits`] | every bound, with its reason |
+#![forbid(unsafe_code)]
+
+pub mod image;
+pub mod limits;
+pub mod pack;
+pub mod scan;
+pub mod verify;
