@@ -1,0 +1,330 @@
+//! One queue's worker: a thread, a ring, an engine, one loop.
+
+use super::request::{HEADER_LEN, Request};
+use super::{Counters, Disk};
+use crate::engine::{Engine, Finished, Operation, Token, WakeSources, open_engine};
+use crate::limits::{MAX_BATCH, MAX_IN_FLIGHT};
+use crate::readiness::Event;
+use crate::ring::{Completion, DeviceRing, OwnedChain, SplitRing};
+use crate::session::{Notifier, QueueSetup, QueueStop, QueueWorker};
+use pv_abi::virtio::block::status;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use vm_memory::GuestMemoryMmap;
+
+/// Starts a worker and waits until it serves.
+pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {
+    let stop = Arc::new(Event::new()?);
+    let worker_stop = Arc::clone(&stop);
+    let last = QueueStop {
+        ring: setup.ring.save(),
+        retired: setup.ring.retired(),
+    };
+    let (started, outcome) = mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new()
+        .name(format!("blk-queue-{}", setup.index))
+        .spawn(move || {
+            let memory = Arc::clone(setup.ring.memory());
+            let wake = WakeSources {
+                kick: setup.kick.as_fd(),
+                stop: worker_stop.as_fd(),
+            };
+            let engine = match open_engine(Arc::clone(&disk.file), Arc::clone(&memory), wake) {
+                Ok(engine) => engine,
+                Err(error) => {
+                    let _ = started.send(Err(error));
+                    return QueueStop {
+                        ring: setup.ring.save(),
+                        retired: None,
+                    };
+                }
+            };
+            // The caller waits for this.
+            let _ = started.send(Ok(()));
+            Worker::new(disk, setup.ring, engine, memory, setup.call, setup.err).run()
+        })?;
+    outcome
+        .recv()
+        .map_err(|_| io::Error::other("the queue's thread ended at once"))??;
+    Ok(Box::new(Handle {
+        stop,
+        thread: Some(thread),
+        last,
+    }))
+}
+
+struct Handle {
+    stop: Arc<Event>,
+    thread: Option<JoinHandle<QueueStop>>,
+    /// Where the ring was at the start; for a thread that panicked.
+    last: QueueStop,
+}
+
+impl QueueWorker for Handle {
+    fn stop(mut self: Box<Self>) -> QueueStop {
+        self.join().unwrap_or(self.last)
+    }
+}
+
+impl Handle {
+    fn join(&mut self) -> Option<QueueStop> {
+        self.stop.set();
+        self.thread.take()?.join().ok()
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// A request in flight.
+#[derive(Debug)]
+struct Pending {
+    chain: OwnedChain,
+    /// Bytes of data that the device writes if all goes well.
+    data: u64,
+}
+
+struct Worker {
+    disk: Arc<Disk>,
+    ring: SplitRing,
+    engine: Box<dyn Engine>,
+    memory: Arc<GuestMemoryMmap>,
+    call: Arc<Notifier>,
+    err: Arc<Notifier>,
+    pending: Vec<Option<Pending>>,
+    free: Vec<Token>,
+    done: Vec<Completion>,
+    finished: Vec<Finished>,
+    retired: bool,
+}
+
+impl Worker {
+    fn new(
+        disk: Arc<Disk>,
+        ring: SplitRing,
+        engine: Box<dyn Engine>,
+        memory: Arc<GuestMemoryMmap>,
+        call: Arc<Notifier>,
+        err: Arc<Notifier>,
+    ) -> Worker {
+        // MAX_IN_FLIGHT fits a token.
+        let free = (0..MAX_IN_FLIGHT as Token).rev().collect();
+        Worker {
+            disk,
+            ring,
+            engine,
+            memory,
+            call,
+            err,
+            pending: std::iter::repeat_with(|| None)
+                .take(MAX_IN_FLIGHT)
+                .collect(),
+            free,
+            done: Vec::with_capacity(MAX_BATCH),
+            finished: Vec::with_capacity(MAX_IN_FLIGHT),
+            retired: false,
+        }
+    }
+
+    /// Serves the ring until the stop event; everything that was taken is completed then.
+    fn run(mut self) -> QueueStop {
+        if let Err(error) = self.serve() {
+            // The engine itself failed, not a request: nothing more can be served.
+            tracing::error!(%error, "block queue stopped");
+            Counters::add(&self.disk.counters.host_errors, 1);
+            self.err.signal();
+        }
+        let stop = QueueStop {
+            ring: self.ring.save(),
+            retired: self.ring.retired(),
+        };
+        // Drains what an engine error left; the engine must go before the memory.
+        drop(self.engine);
+        stop
+    }
+
+    fn serve(&mut self) -> io::Result<()> {
+        loop {
+            let took = self.take();
+            let wake = self.engine.reap(&mut self.finished)?;
+            self.publish();
+            if wake.stop {
+                break;
+            }
+            if took == MAX_BATCH {
+                // More is likely there; the host should work on this meanwhile.
+                self.engine.submit()?;
+                continue;
+            }
+            let may_take = !self.free.is_empty();
+            if may_take && self.ring.arm() {
+                continue;
+            }
+            Counters::add(&self.disk.counters.wakes, 1);
+            let wake = self.engine.wait(&mut self.finished)?;
+            self.publish();
+            if wake.stop {
+                break;
+            }
+        }
+        while self.engine.in_flight() > 0 {
+            self.engine.wait(&mut self.finished)?;
+            self.publish();
+        }
+        Ok(())
+    }
+
+    /// Takes up to a batch of chains and begins them. How many there were.
+    fn take(&mut self) -> usize {
+        let mut took = 0;
+        while took < MAX_BATCH {
+            let Some(token) = self.free.pop() else { break };
+            match self.ring.pop() {
+                Ok(Some(chain)) => {
+                    took += 1;
+                    self.begin(token, chain);
+                }
+                Ok(None) => {
+                    self.free.push(token);
+                    break;
+                }
+                Err(reason) => {
+                    self.free.push(token);
+                    self.retire(reason);
+                    break;
+                }
+            }
+        }
+        took
+    }
+
+    fn retire(&mut self, reason: crate::ring::Retire) {
+        if !std::mem::replace(&mut self.retired, true) {
+            // Once per start of a queue, so a driver cannot fill the log.
+            tracing::warn!(%reason, "ring retired");
+            Counters::add(&self.disk.counters.retired, 1);
+            self.err.signal();
+        }
+    }
+
+    /// Begins a request; it may be over when this returns.
+    fn begin(&mut self, token: Token, chain: OwnedChain) {
+        let request = match self.disk.parse(&chain, &self.memory) {
+            Ok(request) => request,
+            Err(refused) => {
+                Counters::add(&self.disk.counters.refused, 1);
+                self.free.push(token);
+                return self.finish(&chain, refused.status(), 0);
+            }
+        };
+        let (operation, data) = match request {
+            Request::GetId => {
+                let written = chain.write_at(&self.memory, 0, &self.disk.id);
+                let code = if written.is_ok() {
+                    status::OK
+                } else {
+                    status::IOERR
+                };
+                self.free.push(token);
+                return self.finish(&chain, code, self.disk.id.len() as u64);
+            }
+            Request::Read { offset, len } => {
+                let chain = &chain;
+                (Operation::Read { chain, offset, len }, len)
+            }
+            Request::Write { offset, len } => {
+                let (chain, from) = (&chain, HEADER_LEN);
+                let write = Operation::Write {
+                    chain,
+                    from,
+                    offset,
+                    len,
+                };
+                (write, 0)
+            }
+            Request::Flush => (Operation::Flush, 0),
+            Request::Discard { offset, len } => (Operation::Discard { offset, len }, 0),
+            Request::WriteZeroes { offset, len, unmap } => {
+                (Operation::WriteZeroes { offset, len, unmap }, 0)
+            }
+        };
+        match self.engine.start(token, operation) {
+            Some(result) => {
+                self.free.push(token);
+                let code = self.status_of(result);
+                self.finish(&chain, code, data);
+            }
+            None => {
+                if let Some(slot) = self.pending.get_mut(usize::from(token)) {
+                    *slot = Some(Pending { chain, data });
+                }
+            }
+        }
+    }
+
+    fn status_of(&self, result: io::Result<()>) -> u8 {
+        match result {
+            Ok(()) => status::OK,
+            Err(_) => {
+                Counters::add(&self.disk.counters.host_errors, 1);
+                status::IOERR
+            }
+        }
+    }
+
+    /// Writes the status byte, the last thing written, and queues the completion.
+    fn finish(&mut self, chain: &OwnedChain, code: u8, data: u64) {
+        let room = chain.writable_len();
+        let written = match room.checked_sub(1) {
+            // Nowhere to put it: the driver gets its chain back, with nothing written.
+            None => 0,
+            Some(at) => {
+                // The chain was checked against this memory; there is no other.
+                let _ = chain.write_at(&self.memory, at, &[code]);
+                // The used length counts from the first writable byte without a gap
+                // (virtio 1.3 §2.7.8.2): the status byte only where the data reaches it.
+                match code {
+                    status::OK if data == at => room,
+                    status::OK => data,
+                    _ if at == 0 => 1,
+                    _ => 0,
+                }
+            }
+        };
+        self.done.push(Completion {
+            head: chain.head(),
+            // A chain has at most u32::MAX bytes.
+            written: u32::try_from(written).unwrap_or(u32::MAX),
+        });
+    }
+
+    /// Completes what is over and calls the driver if it wants that.
+    fn publish(&mut self) {
+        let mut finished = std::mem::take(&mut self.finished);
+        for Finished { token, result } in finished.drain(..) {
+            let slot = self.pending.get_mut(usize::from(token));
+            let Some(Pending { chain, data }) = slot.and_then(Option::take) else {
+                continue;
+            };
+            self.free.push(token);
+            let code = self.status_of(result);
+            self.finish(&chain, code, data);
+        }
+        self.finished = finished;
+        if self.done.is_empty() {
+            return;
+        }
+        Counters::add(&self.disk.counters.requests, self.done.len() as u64);
+        self.ring.complete(&self.done);
+        self.done.clear();
+        if self.ring.should_signal() {
+            Counters::add(&self.disk.counters.calls, 1);
+            self.call.signal();
+        }
+    }
+}

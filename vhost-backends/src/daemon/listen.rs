@@ -1,0 +1,131 @@
+//! Where the frontend comes from: a path, or an inherited socket.
+#![allow(unsafe_code)]
+// UNSAFETY: a descriptor number from the command line becomes an owned descriptor.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// What to serve on.
+#[derive(Debug)]
+pub(super) enum Socket {
+    /// One connection after the other.
+    Listening(UnixListener, Option<SocketPath>),
+    /// Only this one.
+    Connected(UnixStream),
+}
+
+/// A socket file that this process made: removed on drop, unless it is another one by then.
+#[derive(Debug)]
+pub(super) struct SocketPath {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            // Gone already is as good.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Opens what the command line named. The error is a sentence.
+pub(super) fn open(path: Option<PathBuf>, fd: Option<RawFd>) -> Result<Socket, String> {
+    match (path, fd) {
+        (Some(path), None) => listen(path),
+        (None, Some(fd)) => inherit(fd),
+        _ => Err("either --socket-path or --fd is needed".into()),
+    }
+}
+
+fn listen(path: PathBuf) -> Result<Socket, String> {
+    let shown = path.display().to_string();
+    let cannot = |error: io::Error| format!("cannot listen on {shown}: {error}");
+    let listener = match UnixListener::bind(&path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            remove_stale(&path)?;
+            UnixListener::bind(&path).map_err(cannot)?
+        }
+        result => result.map_err(cannot)?,
+    };
+    let identity = identity(&path).map_err(cannot)?;
+    Ok(Socket::Listening(
+        listener,
+        Some(SocketPath { path, identity }),
+    ))
+}
+
+/// Removes a socket that nobody listens on; refuses anything else.
+fn remove_stale(path: &Path) -> Result<(), String> {
+    let shown = path.display();
+    let kind = fs::symlink_metadata(path)
+        .map_err(|error| format!("cannot look at {shown}: {error}"))?
+        .file_type();
+    if !kind.is_socket() {
+        return Err(format!(
+            "{shown} exists and is not a socket; remove it or choose another path"
+        ));
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
+            .map_err(|error| format!("cannot replace the stale socket {shown}: {error}")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        _ => Err(format!("another program listens on {shown}")),
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+fn inherit(fd: RawFd) -> Result<Socket, String> {
+    let bad = |error: io::Error| format!("--fd {fd} is not a Unix stream socket: {error}");
+    // SAFETY: fcntl takes no pointer here; it fails if the number is not an open descriptor.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
+        return Err(bad(io::Error::last_os_error()));
+    }
+    // SAFETY: it is open, as the call above showed, and stays so during this function.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let domain = option(borrowed, libc::SO_DOMAIN).map_err(bad)?;
+    let kind = option(borrowed, libc::SO_TYPE).map_err(bad)?;
+    if domain != libc::AF_UNIX || kind != libc::SOCK_STREAM {
+        return Err(format!(
+            "--fd {fd} is a socket, but not a Unix stream socket"
+        ));
+    }
+    let listening = option(borrowed, libc::SO_ACCEPTCONN).map_err(bad)? != 0;
+    // SAFETY: whoever started this program passed the descriptor to it by number, and nothing
+    // else in it uses that number.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    Ok(if listening {
+        Socket::Listening(UnixListener::from(owned), None)
+    } else {
+        Socket::Connected(UnixStream::from(owned))
+    })
+}
+
+fn option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `value` and `len` are valid for writes, and `len` is the size of `value`.
+    let code = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            (&raw mut value).cast(),
+            &mut len,
+        )
+    };
+    if code == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

@@ -1,0 +1,33 @@
+//! Every bound of this crate, with its reason. Bounds of the ABI are in [`pv_abi::limits`].
+
+/// Regions in one `SET_MEM_TABLE` (vhost-user: `VHOST_MEMORY_BASELINE_NREGIONS`), and so
+/// descriptors that one message may carry.
+pub const MAX_TABLE_REGIONS: usize = 8;
+/// Memory slots with `CONFIGURE_MEM_SLOTS`; each costs one mapping and one descriptor.
+pub const MAX_MEM_SLOTS: usize = 64;
+/// Descriptors taken from one message before it is malformed; the kernel closes what does not fit.
+pub const MAX_MESSAGE_FDS: usize = 32;
+/// Bytes of payload in one message; the largest real one is `SET_MEM_TABLE` with 8 regions.
+pub const MAX_PAYLOAD: usize = 0x1000;
+/// Seconds that the rest of a message may take once its first byte is there.
+pub const MESSAGE_TIMEOUT_SECS: u64 = 10;
+/// Bytes of configuration space that a device may have (vhost-user: `VHOST_USER_MAX_CONFIG_SIZE`).
+pub const MAX_CONFIG_LEN: usize = 256;
+/// Entries in one virtqueue: what Linux and QEMU offer at most; rings of foreign frontends may be
+/// larger than the ABI's own [`pv_abi::limits::MAX_QUEUE_SIZE`], but not than this.
+pub const MAX_RING_SIZE: u16 = 1024;
+/// Queues of one device; one thread each.
+pub const MAX_QUEUES: u16 = 16;
+/// Requests that one queue works on at a time; as many as a ring has entries gain nothing more.
+pub const MAX_IN_FLIGHT: usize = 256;
+/// Bytes of guest data in one block request: the longest chain of 64 KiB segments; bounds the
+/// bounce buffer of a misaligned direct request.
+pub const MAX_REQUEST_BYTES: u64 = 16 << 20;
+/// Ranges in one discard or write-zeroes request; one range per request is what drivers send.
+pub const MAX_RANGES: usize = 1;
+/// Sectors in one discard or write-zeroes range: bounds the time that one request may take.
+pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
+/// Completions that are published together: later ones should not hold back earlier ones.
+pub const MAX_BATCH: usize = 32;
+/// Reports of refused messages in the log, for each connection.
+pub const MAX_REFUSALS_LOGGED: u32 = 8;

@@ -1,0 +1,90 @@
+//! Waiting: `poll(2)` on a few descriptors with a deadline, and events that end a wait.
+#![allow(unsafe_code)]
+// UNSAFETY: poll, fcntl and eventfd as system calls; no safe wrapper is among the dependencies.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// What to wait for on one descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Interest {
+    /// Readable, or hung up.
+    Read,
+    /// Writable, or hung up.
+    Write,
+}
+
+/// Waits until one of `fds` is ready; says which are. All `false` means that the time is over.
+pub(crate) fn wait<const N: usize>(
+    fds: [(BorrowedFd<'_>, Interest); N],
+    timeout: Option<Duration>,
+) -> io::Result<[bool; N]> {
+    let deadline = timeout.map(|t| Instant::now() + t);
+    let mut set = fds.map(|(fd, interest)| libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: match interest {
+            Interest::Read => libc::POLLIN,
+            Interest::Write => libc::POLLOUT,
+        },
+        revents: 0,
+    });
+    loop {
+        let ms = deadline.map_or(-1, |d| {
+            let left = d.saturating_duration_since(Instant::now());
+            // Rounded up, so that the wait does not end before the deadline.
+            i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        });
+        // SAFETY: `set` is an array of N pollfd, and lives through the call.
+        let n = unsafe { libc::poll(set.as_mut_ptr(), N as libc::nfds_t, ms) };
+        if n >= 0 {
+            return Ok(set.map(|p| p.revents != 0));
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// The file status flags of a descriptor (`O_NONBLOCK`, `O_APPEND`, ...).
+pub(crate) fn status_flags(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    // SAFETY: F_GETFL takes no pointer.
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) } {
+        -1 => Err(io::Error::last_os_error()),
+        flags => Ok(flags),
+    }
+}
+
+/// An eventfd of our own: non-blocking, closed on exec.
+#[derive(Debug)]
+pub(crate) struct Event(File);
+
+impl Event {
+    pub(crate) fn new() -> io::Result<Event> {
+        // SAFETY: eventfd takes no pointer.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and nothing else owns it.
+        Ok(Event(unsafe { File::from_raw_fd(fd) }))
+    }
+
+    /// Makes it readable.
+    pub(crate) fn set(&self) {
+        // Full means readable: that is what was wanted.
+        let _ = (&self.0).write(&1u64.to_ne_bytes());
+    }
+
+    pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {
+        Ok(self.0.try_clone()?.into())
+    }
+}
+
+impl AsFd for Event {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

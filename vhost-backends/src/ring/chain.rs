@@ -1,0 +1,206 @@
+//! One descriptor chain as an owned value.
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+
+/// A buffer of the guest, checked to lie in memory when the chain was walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// First byte.
+    pub addr: GuestAddress,
+    /// Bytes, never zero.
+    pub len: u32,
+}
+
+/// A helper was asked for bytes that the chain or memory does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// Past the end of the readable or writable part.
+    #[error("{len} bytes at offset {offset} do not fit in {total} bytes")]
+    OutOfRange {
+        /// First byte asked for.
+        offset: u64,
+        /// Bytes asked for.
+        len: u64,
+        /// Bytes there are.
+        total: u64,
+    },
+    /// The memory table given is not the one that the chain was walked in.
+    #[error("the buffer is not in this memory")]
+    NotInMemory,
+}
+
+/// One descriptor chain: readable segments, then writable ones. Offsets count bytes from the
+/// first readable or the first writable byte, so how a driver frames a request does not matter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnedChain {
+    head: u16,
+    segments: Vec<Segment>,
+    /// How many of `segments` are readable.
+    split: usize,
+    readable: u64,
+    writable: u64,
+}
+
+impl OwnedChain {
+    pub(super) fn new(head: u16) -> OwnedChain {
+        OwnedChain {
+            head,
+            segments: Vec::with_capacity(4),
+            split: 0,
+            readable: 0,
+            writable: 0,
+        }
+    }
+
+    pub(super) fn push(&mut self, segment: Segment, writable: bool) {
+        self.segments.push(segment);
+        if writable {
+            self.writable += u64::from(segment.len);
+        } else {
+            self.split = self.segments.len();
+            self.readable += u64::from(segment.len);
+        }
+    }
+
+    /// Index of the first descriptor: what a completion names.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Segments that the device reads.
+    pub fn readable(&self) -> &[Segment] {
+        &self.segments[..self.split]
+    }
+
+    /// Segments that the device writes.
+    pub fn writable(&self) -> &[Segment] {
+        &self.segments[self.split..]
+    }
+
+    /// Bytes that the device may read.
+    pub fn readable_len(&self) -> u64 {
+        self.readable
+    }
+
+    /// Bytes that the device may write.
+    pub fn writable_len(&self) -> u64 {
+        self.writable
+    }
+
+    /// Copies readable bytes from `offset` on into the whole of `buf`.
+    pub fn read_at(
+        &self,
+        mem: &GuestMemoryMmap,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<(), ChainError> {
+        let mut rest = buf;
+        for_each(
+            self.readable(),
+            self.readable,
+            offset,
+            rest.len() as u64,
+            |segment| {
+                let (now, later) = std::mem::take(&mut rest).split_at_mut(segment.len as usize);
+                rest = later;
+                mem.read_slice(now, segment.addr)
+                    .map_err(|_| ChainError::NotInMemory)
+            },
+        )
+    }
+
+    /// Copies the whole of `buf` to the writable bytes from `offset` on.
+    pub fn write_at(
+        &self,
+        mem: &GuestMemoryMmap,
+        offset: u64,
+        buf: &[u8],
+    ) -> Result<(), ChainError> {
+        let mut rest = buf;
+        for_each(
+            self.writable(),
+            self.writable,
+            offset,
+            buf.len() as u64,
+            |segment| {
+                let (now, later) = rest.split_at(segment.len as usize);
+                rest = later;
+                mem.write_slice(now, segment.addr)
+                    .map_err(|_| ChainError::NotInMemory)
+            },
+        )
+    }
+
+    /// The readable bytes `offset..offset + len` as views of host memory, for zero-copy I/O.
+    pub fn readable_slices<'m>(
+        &self,
+        mem: &'m GuestMemoryMmap,
+        offset: u64,
+        len: u64,
+        each: impl FnMut(VolatileSlice<'m, ()>),
+    ) -> Result<(), ChainError> {
+        slices(self.readable(), self.readable, mem, offset, len, each)
+    }
+
+    /// The writable bytes `offset..offset + len` as views of host memory, for zero-copy I/O.
+    pub fn writable_slices<'m>(
+        &self,
+        mem: &'m GuestMemoryMmap,
+        offset: u64,
+        len: u64,
+        each: impl FnMut(VolatileSlice<'m, ()>),
+    ) -> Result<(), ChainError> {
+        slices(self.writable(), self.writable, mem, offset, len, each)
+    }
+}
+
+fn slices<'m>(
+    segments: &[Segment],
+    total: u64,
+    mem: &'m GuestMemoryMmap,
+    offset: u64,
+    len: u64,
+    mut each: impl FnMut(VolatileSlice<'m, ()>),
+) -> Result<(), ChainError> {
+    for_each(segments, total, offset, len, |segment| {
+        // Two adjacent regions may lie apart in the host: one segment can be several slices.
+        let pieces = GuestMemoryBackend::get_slices(mem, segment.addr, segment.len as usize);
+        for piece in pieces {
+            each(piece.map_err(|_| ChainError::NotInMemory)?);
+        }
+        Ok(())
+    })
+}
+
+/// Calls `each` with the pieces of `segments` that make up the bytes `offset..offset + len`.
+fn for_each(
+    segments: &[Segment],
+    total: u64,
+    offset: u64,
+    len: u64,
+    mut each: impl FnMut(Segment) -> Result<(), ChainError>,
+) -> Result<(), ChainError> {
+    if offset.checked_add(len).is_none_or(|end| end > total) {
+        return Err(ChainError::OutOfRange { offset, len, total });
+    }
+    let (mut skip, mut left) = (offset, len);
+    for segment in segments {
+        if left == 0 {
+            break;
+        }
+        let size = u64::from(segment.len);
+        if skip >= size {
+            skip -= size;
+            continue;
+        }
+        let take = left.min(size - skip);
+        each(Segment {
+            addr: GuestAddress(segment.addr.0 + skip),
+            // `take` is at most `segment.len`.
+            len: take as u32,
+        })?;
+        skip = 0;
+        left -= take;
+    }
+    Ok(())
+}

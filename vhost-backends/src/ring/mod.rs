@@ -1,0 +1,205 @@
+//! Virtqueues, seen from the device.
+//!
+//! In come a ring's addresses and guest memory; out come descriptor chains, each walked once into
+//! an owned, bounded value, and back go batches of completions. This is the one seam between
+//! rings and devices: a device sees [`DeviceRing`] and [`OwnedChain`], never a descriptor.
+//!
+//! The driver is not trusted. A ring that breaks a rule is *retired*: [`DeviceRing::pop`] gives
+//! the same typed [`Retire`] from then on, and only a new ring (a reset) ends that. Nothing here
+//! logs, allocates or loops without a bound that the driver cannot move.
+
+mod chain;
+mod split;
+#[cfg(test)]
+mod tests;
+
+pub use chain::{ChainError, OwnedChain, Segment};
+pub use split::{RingConfig, SplitRing};
+
+use vm_memory::GuestAddress;
+
+/// Where a ring has got to: what a stop hands out and a start takes in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingState {
+    /// Index of the next available entry to take.
+    pub next_avail: u16,
+    /// Index of the next used element to write.
+    pub next_used: u16,
+}
+
+/// Why a ring was retired: one variant per rule that a driver can break.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Retire {
+    /// The available index moved by more than the queue holds.
+    #[error("the available index moved by {moved}, more than the {size} entries of the queue")]
+    AvailJump {
+        /// Entries that the index moved by.
+        moved: u16,
+        /// Entries of the queue.
+        size: u16,
+    },
+    /// A head that is not a descriptor of the table.
+    #[error("head {head} is outside the table")]
+    BadHead {
+        /// The head.
+        head: u16,
+    },
+    /// A head whose chain has not been completed yet.
+    #[error("head {head} is already in flight")]
+    HeadInFlight {
+        /// The head.
+        head: u16,
+    },
+    /// A `next` that is not a descriptor of the table.
+    #[error("next descriptor {next} is outside the table")]
+    BadNext {
+        /// The index.
+        next: u16,
+    },
+    /// A chain that comes back to itself.
+    #[error("the chain at head {head} has a loop")]
+    Loop {
+        /// The head.
+        head: u16,
+    },
+    /// More descriptors than [`pv_abi::limits::MAX_CHAIN_LEN`].
+    #[error("the chain at head {head} has too many descriptors")]
+    TooLong {
+        /// The head.
+        head: u16,
+    },
+    /// More bytes than a used element can count.
+    #[error("the chain at head {head} has too many bytes")]
+    TooManyBytes {
+        /// The head.
+        head: u16,
+    },
+    /// A readable buffer after a writable one (virtio 1.3 §2.7.4.2).
+    #[error("the chain at head {head} has a readable buffer after a writable one")]
+    ReadableAfterWritable {
+        /// The head.
+        head: u16,
+    },
+    /// A buffer that does not lie in the memory table.
+    #[error("buffer of {len} bytes at {addr:#x} is outside memory")]
+    BadAddress {
+        /// First byte.
+        addr: u64,
+        /// Bytes.
+        len: u32,
+    },
+    /// An indirect table although the feature was not negotiated.
+    #[error("indirect descriptor without the feature")]
+    IndirectNotNegotiated,
+    /// An indirect table inside an indirect table.
+    #[error("indirect descriptor inside an indirect table")]
+    NestedIndirect,
+    /// An indirect descriptor that says that the chain goes on after it (virtio 1.3 §2.7.5.3.1).
+    #[error("indirect descriptor with the next flag")]
+    IndirectWithNext,
+    /// An indirect table that is empty, not a multiple of 16 bytes, or longer than a chain may be.
+    #[error("indirect table of {len} bytes")]
+    BadIndirectLen {
+        /// Bytes.
+        len: u32,
+    },
+    /// The ring itself could not be read or written any more.
+    #[error("the ring is not accessible")]
+    RingAccess,
+}
+
+/// Why a ring cannot be set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// Zero, not a power of two, or over [`crate::limits::MAX_RING_SIZE`].
+    #[error("queue size {0} is not a power of two between 1 and {max}", max = crate::limits::MAX_RING_SIZE)]
+    BadSize(u16),
+    /// A part of the ring breaks its alignment, in guest or in host addresses.
+    #[error("the {part} at {addr:#x} is not aligned")]
+    Misaligned {
+        /// Which part.
+        part: RingPart,
+        /// Its address.
+        addr: u64,
+    },
+    /// A part of the ring is not in one region of memory.
+    #[error("the {part} at {addr:#x} is outside memory")]
+    OutsideMemory {
+        /// Which part.
+        part: RingPart,
+        /// Its address.
+        addr: u64,
+    },
+}
+
+/// The three parts of a split ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingPart {
+    /// Descriptor table.
+    DescriptorTable,
+    /// Available ring.
+    AvailableRing,
+    /// Used ring.
+    UsedRing,
+}
+
+impl std::fmt::Display for RingPart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            RingPart::DescriptorTable => "descriptor table",
+            RingPart::AvailableRing => "available ring",
+            RingPart::UsedRing => "used ring",
+        })
+    }
+}
+
+/// A chain that is finished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// Head of the chain, as [`OwnedChain::head`] gave it.
+    pub head: u16,
+    /// Bytes that the device wrote into the chain, from its first writable byte on.
+    pub written: u32,
+}
+
+/// The device's half of a virtqueue.
+pub trait DeviceRing {
+    /// Takes the next chain, or `None` when the driver has made no more available.
+    fn pop(&mut self) -> Result<Option<OwnedChain>, Retire>;
+
+    /// Gives chains back: writes their used elements, then publishes the index once.
+    ///
+    /// A head that is not in flight is the caller's mistake and is left out.
+    fn complete(&mut self, batch: &[Completion]);
+
+    /// Asks the driver for a kick at the next chain. `true`: more came meanwhile, look again
+    /// before sleeping. Always `false` once the ring is retired.
+    fn arm(&mut self) -> bool;
+
+    /// Whether the driver wants to be called for what was completed since this was last asked.
+    fn should_signal(&mut self) -> bool;
+
+    /// Chains that were popped and not completed yet.
+    fn in_flight(&self) -> usize;
+
+    /// Where the ring has got to.
+    fn save(&self) -> RingState;
+
+    /// Goes on from `state` with nothing in flight. A retired ring stays retired.
+    fn restore(&mut self, state: RingState);
+}
+
+/// The available ring's field that a device reads after completing: `used_event` or `flags`.
+pub(crate) const fn used_event_offset(size: u16) -> u64 {
+    4 + 2 * size as u64
+}
+
+/// First byte of used element `index % size`.
+pub(crate) const fn used_elem_offset(index: u16, size: u16) -> u64 {
+    4 + 8 * (index % size) as u64
+}
+
+/// `base + offset`, for offsets inside a part that was checked when the ring was set up.
+pub(crate) fn at(base: GuestAddress, offset: u64) -> GuestAddress {
+    GuestAddress(base.0.wrapping_add(offset))
+}

@@ -1,0 +1,465 @@
+//! The split ring (virtio 1.3 §2.7).
+//!
+//! `virtio_queue::Queue` keeps the indices, checks the alignment of addresses and does the
+//! notification hand-shake towards the driver. Three things are ours, because its own are not
+//! fit for a driver that is not trusted: the walk of a chain (its iterator ends silently on a
+//! malformed chain, logs each one and follows indirect tables of 65,535 entries), the used ring
+//! (it publishes element by element), and the test whether to signal (it ignores `NO_INTERRUPT`).
+
+use super::{
+    Completion, DeviceRing, OwnedChain, Retire, RingError, RingPart, RingState, Segment, at,
+    used_elem_offset, used_event_offset,
+};
+use crate::limits::MAX_RING_SIZE;
+use pv_abi::limits::MAX_CHAIN_LEN;
+use pv_abi::virtio::{AVAIL_NO_INTERRUPT, Desc, UsedElem, desc_flag, split};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// A ring's registers, frozen when the ring is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingConfig {
+    /// Entries: a power of two.
+    pub size: u16,
+    /// Descriptor table, aligned to 16.
+    pub desc: GuestAddress,
+    /// Available ring, aligned to 2.
+    pub avail: GuestAddress,
+    /// Used ring, aligned to 4.
+    pub used: GuestAddress,
+    /// `EVENT_IDX` was negotiated.
+    pub event_idx: bool,
+    /// `INDIRECT_DESC` was negotiated.
+    pub indirect: bool,
+}
+
+/// The device's half of a split virtqueue.
+#[derive(Debug)]
+pub struct SplitRing {
+    queue: Queue,
+    mem: Arc<GuestMemoryMmap>,
+    size: u16,
+    desc: GuestAddress,
+    avail: GuestAddress,
+    used: GuestAddress,
+    event_idx: bool,
+    indirect: bool,
+    /// The driver's available index when it was last read; entries up to here may be taken.
+    known_avail: u16,
+    /// `next_used` when `should_signal` was last asked.
+    signalled: u16,
+    /// The first answer after a start is always yes: what the driver waits for is not known.
+    signalled_valid: bool,
+    /// Whether the driver was asked for kicks.
+    armed: bool,
+    in_flight: Vec<u64>,
+    in_flight_count: usize,
+    retired: Option<Retire>,
+}
+
+impl SplitRing {
+    /// Sets a ring up in `mem`, at the indices zero.
+    pub fn new(config: RingConfig, mem: Arc<GuestMemoryMmap>) -> Result<SplitRing, RingError> {
+        let size = config.size;
+        if size > MAX_RING_SIZE || !size.is_power_of_two() {
+            return Err(RingError::BadSize(size));
+        }
+        check_part(
+            &mem,
+            RingPart::DescriptorTable,
+            config.desc,
+            16,
+            split::desc_len(size),
+        )?;
+        check_part(
+            &mem,
+            RingPart::AvailableRing,
+            config.avail,
+            2,
+            split::avail_len(size),
+        )?;
+        check_part(
+            &mem,
+            RingPart::UsedRing,
+            config.used,
+            4,
+            split::used_len(size),
+        )?;
+        // The alignments were checked above; a size the queue does not take was refused.
+        let mut queue = Queue::new(size).map_err(|_| RingError::BadSize(size))?;
+        let misaligned = |part, addr: GuestAddress| RingError::Misaligned { part, addr: addr.0 };
+        queue
+            .try_set_desc_table_address(config.desc)
+            .map_err(|_| misaligned(RingPart::DescriptorTable, config.desc))?;
+        queue
+            .try_set_avail_ring_address(config.avail)
+            .map_err(|_| misaligned(RingPart::AvailableRing, config.avail))?;
+        queue
+            .try_set_used_ring_address(config.used)
+            .map_err(|_| misaligned(RingPart::UsedRing, config.used))?;
+        queue.set_event_idx(config.event_idx);
+        queue.set_ready(true);
+        Ok(SplitRing {
+            queue,
+            mem,
+            size,
+            desc: config.desc,
+            avail: config.avail,
+            used: config.used,
+            event_idx: config.event_idx,
+            indirect: config.indirect,
+            known_avail: 0,
+            signalled: 0,
+            signalled_valid: false,
+            armed: true,
+            in_flight: vec![0; usize::from(size).div_ceil(64)],
+            in_flight_count: 0,
+            retired: None,
+        })
+    }
+
+    /// Entries of the ring.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The memory that the ring and its buffers lie in.
+    pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
+        &self.mem
+    }
+
+    /// Why the ring was retired, if it was.
+    pub fn retired(&self) -> Option<Retire> {
+        self.retired
+    }
+
+    /// The used index that stands in memory: where a ring goes on whose last device is gone.
+    pub fn published_used(&self) -> u16 {
+        self.queue
+            .used_idx(&*self.mem, Ordering::Acquire)
+            .map_or(0, |index| index.0)
+    }
+
+    fn retire<T>(&mut self, reason: Retire) -> Result<T, Retire> {
+        Err(*self.retired.get_or_insert(reason))
+    }
+
+    fn pop_inner(&mut self) -> Result<Option<OwnedChain>, Retire> {
+        let next = self.queue.next_avail();
+        if next == self.known_avail {
+            // Ordering: Acquire pairs with the driver's release of the index, so the entries and
+            // descriptors before it are seen.
+            let avail = self
+                .queue
+                .avail_idx(&*self.mem, Ordering::Acquire)
+                .map_err(|_| Retire::RingAccess)?
+                .0;
+            let moved = avail.wrapping_sub(next);
+            if moved > self.size {
+                let size = self.size;
+                return Err(Retire::AvailJump { moved, size });
+            }
+            if moved == 0 {
+                return Ok(None);
+            }
+            self.known_avail = avail;
+        }
+        // Ordering: Relaxed, the index was acquired.
+        let slot = at(self.avail, 4 + 2 * u64::from(next % self.size));
+        let head = u16::from_le(
+            self.mem
+                .load::<u16>(slot, Ordering::Relaxed)
+                .map_err(|_| Retire::RingAccess)?,
+        );
+        if head >= self.size {
+            return Err(Retire::BadHead { head });
+        }
+        if self.is_in_flight(head) {
+            return Err(Retire::HeadInFlight { head });
+        }
+        let chain = self.walk(head)?;
+        self.queue.set_next_avail(next.wrapping_add(1));
+        self.set_in_flight(head, true);
+        if self.armed && !self.event_idx {
+            // Kicks are of no use while the device is looking anyway. With EVENT_IDX they have
+            // already stopped: the index has passed the event.
+            self.queue
+                .disable_notification(&*self.mem)
+                .map_err(|_| Retire::RingAccess)?;
+        }
+        self.armed = false;
+        Ok(Some(chain))
+    }
+
+    /// Walks a chain once. Every descriptor is copied before it is looked at, so a driver that
+    /// changes it meanwhile changes nothing here.
+    fn walk(&self, head: u16) -> Result<OwnedChain, Retire> {
+        let mut chain = OwnedChain::new(head);
+        let (mut table, mut count, mut indirect) = (self.desc, self.size, false);
+        // Descriptors taken from this table, and from both.
+        let (mut taken, mut total) = (0u16, 0usize);
+        let mut next = head;
+        loop {
+            if taken >= count {
+                return Err(Retire::Loop { head });
+            }
+            let desc = self.descriptor(table, next)?;
+            taken += 1;
+            if desc.flags & desc_flag::INDIRECT != 0 {
+                (table, count) = self.enter_indirect(desc, indirect)?;
+                (indirect, taken, next) = (true, 0, 0);
+                continue;
+            }
+            total += 1;
+            if total > MAX_CHAIN_LEN {
+                return Err(Retire::TooLong { head });
+            }
+            self.take_buffer(&mut chain, desc)?;
+            if desc.flags & desc_flag::NEXT == 0 {
+                return Ok(chain);
+            }
+            if desc.next >= count {
+                return Err(Retire::BadNext { next: desc.next });
+            }
+            next = desc.next;
+        }
+    }
+
+    fn descriptor(&self, table: GuestAddress, index: u16) -> Result<Desc, Retire> {
+        let mut bytes = [0; size_of::<Desc>()];
+        self.mem
+            .read_slice(&mut bytes, at(table, 16 * u64::from(index)))
+            .map_err(|_| Retire::RingAccess)?;
+        Desc::read_from_bytes(&bytes).map_err(|_| Retire::RingAccess)
+    }
+
+    fn enter_indirect(&self, desc: Desc, nested: bool) -> Result<(GuestAddress, u16), Retire> {
+        if !self.indirect {
+            return Err(Retire::IndirectNotNegotiated);
+        }
+        if nested {
+            return Err(Retire::NestedIndirect);
+        }
+        if desc.flags & desc_flag::NEXT != 0 {
+            return Err(Retire::IndirectWithNext);
+        }
+        // Before the table is touched: a table may claim 65,535 entries.
+        let count = desc.len / 16;
+        if desc.len == 0 || !desc.len.is_multiple_of(16) || count as usize > MAX_CHAIN_LEN {
+            return Err(Retire::BadIndirectLen { len: desc.len });
+        }
+        self.check_buffer(desc.addr, desc.len)?;
+        // At most MAX_CHAIN_LEN.
+        Ok((GuestAddress(desc.addr), count as u16))
+    }
+
+    fn take_buffer(&self, chain: &mut OwnedChain, desc: Desc) -> Result<(), Retire> {
+        let head = chain.head();
+        let writable = desc.flags & desc_flag::WRITE != 0;
+        if !writable && chain.writable_len() > 0 {
+            return Err(Retire::ReadableAfterWritable { head });
+        }
+        if desc.len == 0 {
+            return Ok(());
+        }
+        self.check_buffer(desc.addr, desc.len)?;
+        let bytes = chain.readable_len() + chain.writable_len() + u64::from(desc.len);
+        if bytes > u64::from(u32::MAX) {
+            return Err(Retire::TooManyBytes { head });
+        }
+        let addr = GuestAddress(desc.addr);
+        chain.push(
+            Segment {
+                addr,
+                len: desc.len,
+            },
+            writable,
+        );
+        Ok(())
+    }
+
+    fn check_buffer(&self, addr: u64, len: u32) -> Result<(), Retire> {
+        let inside = addr.checked_add(u64::from(len)).is_some_and(|_| {
+            GuestMemoryBackend::check_range(&*self.mem, GuestAddress(addr), len as usize)
+        });
+        if inside {
+            Ok(())
+        } else {
+            Err(Retire::BadAddress { addr, len })
+        }
+    }
+
+    fn is_in_flight(&self, head: u16) -> bool {
+        self.in_flight
+            .get(usize::from(head / 64))
+            .is_some_and(|word| word >> (head % 64) & 1 == 1)
+    }
+
+    /// Whether this changed anything.
+    fn set_in_flight(&mut self, head: u16, value: bool) -> bool {
+        if self.is_in_flight(head) == value {
+            return false;
+        }
+        let Some(word) = self.in_flight.get_mut(usize::from(head / 64)) else {
+            return false;
+        };
+        *word ^= 1 << (head % 64);
+        if value {
+            self.in_flight_count += 1;
+        } else {
+            self.in_flight_count -= 1;
+        }
+        true
+    }
+
+    fn publish(&mut self, batch: &[Completion]) -> Result<(), Retire> {
+        let mut next = self.queue.next_used();
+        for done in batch {
+            if !self.set_in_flight(done.head, false) {
+                debug_assert!(false, "head {} completed but not in flight", done.head);
+                continue;
+            }
+            let elem = UsedElem {
+                id: u32::from(done.head).to_le(),
+                len: done.written.to_le(),
+            };
+            self.mem
+                .write_slice(
+                    elem.as_bytes(),
+                    at(self.used, used_elem_offset(next, self.size)),
+                )
+                .map_err(|_| Retire::RingAccess)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        // Ordering: Release, so a driver that sees the index sees the elements and the data.
+        self.mem
+            .store(next.to_le(), at(self.used, 2), Ordering::Release)
+            .map_err(|_| Retire::RingAccess)
+    }
+
+    fn wants_signal(&mut self) -> Result<bool, Retire> {
+        let (old, new) = (self.signalled, self.queue.next_used());
+        let known = std::mem::replace(&mut self.signalled_valid, true);
+        if known && old == new {
+            return Ok(false);
+        }
+        self.signalled = new;
+        // Ordering: the used index must be out before the driver's event field is read; the
+        // driver writes its event, fences, and reads the index. One of the two sees the other.
+        fence(Ordering::SeqCst);
+        let offset = if self.event_idx {
+            used_event_offset(self.size)
+        } else {
+            0
+        };
+        let field = self
+            .mem
+            .load::<u16>(at(self.avail, offset), Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(|_| Retire::RingAccess)?;
+        Ok(if self.event_idx {
+            !known || split::need_event(field, new, old)
+        } else {
+            field & AVAIL_NO_INTERRUPT == 0
+        })
+    }
+}
+
+impl DeviceRing for SplitRing {
+    fn pop(&mut self) -> Result<Option<OwnedChain>, Retire> {
+        if let Some(reason) = self.retired {
+            return Err(reason);
+        }
+        match self.pop_inner() {
+            Ok(chain) => Ok(chain),
+            Err(reason) => self.retire(reason),
+        }
+    }
+
+    fn complete(&mut self, batch: &[Completion]) {
+        if batch.is_empty() {
+            return;
+        }
+        if let Err(reason) = self.publish(batch) {
+            self.retired.get_or_insert(reason);
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        if self.retired.is_some() {
+            return false;
+        }
+        self.armed = true;
+        // Writes `avail_event` or the flags, fences, and reads the available index again.
+        match self.queue.enable_notification(&*self.mem) {
+            Ok(more) => more,
+            Err(_) => {
+                self.retired = Some(Retire::RingAccess);
+                false
+            }
+        }
+    }
+
+    fn should_signal(&mut self) -> bool {
+        match self.wants_signal() {
+            Ok(wanted) => wanted,
+            Err(reason) => {
+                self.retired.get_or_insert(reason);
+                false
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight_count
+    }
+
+    fn save(&self) -> RingState {
+        RingState {
+            next_avail: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+        }
+    }
+
+    fn restore(&mut self, state: RingState) {
+        self.queue.set_next_avail(state.next_avail);
+        self.queue.set_next_used(state.next_used);
+        self.known_avail = state.next_avail;
+        self.signalled = state.next_used;
+        self.signalled_valid = false;
+        self.in_flight.fill(0);
+        self.in_flight_count = 0;
+        self.armed = true;
+    }
+}
+
+/// A part of a ring lies in one region and is aligned for guest and host alike.
+fn check_part(
+    mem: &GuestMemoryMmap,
+    part: RingPart,
+    addr: GuestAddress,
+    align: u64,
+    len: u64,
+) -> Result<(), RingError> {
+    let misaligned = RingError::Misaligned { part, addr: addr.0 };
+    let outside = RingError::OutsideMemory { part, addr: addr.0 };
+    if !addr.0.is_multiple_of(align) {
+        return Err(misaligned);
+    }
+    let region = mem.find_region(addr).ok_or(outside)?;
+    let end = addr.0.checked_add(len - 1).ok_or(outside)?;
+    if end > region.last_addr().0 {
+        return Err(outside);
+    }
+    // An odd region base makes aligned guest addresses misaligned here.
+    let host = GuestMemoryBackend::get_host_address(mem, addr).map_err(|_| outside)?;
+    if (host as usize as u64).is_multiple_of(align) {
+        Ok(())
+    } else {
+        Err(misaligned)
+    }
+}

@@ -1,0 +1,115 @@
+//! What a session needs of a device, and what it gives to one.
+
+use crate::readiness::{Interest, wait};
+use crate::ring::{Retire, RingState, SplitRing};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// A device that vhost-user sessions serve. One device outlives many connections.
+pub trait Device: Send + Sync {
+    /// Queues that it has; at most [`crate::limits::MAX_QUEUES`].
+    fn queue_count(&self) -> u16;
+
+    /// Virtio feature bits that it offers: the device's own, and of the ring's the ones it can use.
+    fn features(&self) -> u64;
+
+    /// Configuration space.
+    fn config(&self) -> Vec<u8>;
+
+    /// A write to configuration space. Refused, unless the device says otherwise.
+    fn write_config(&self, _offset: u32, _data: &[u8]) -> Result<(), ConfigRefused> {
+        Err(ConfigRefused)
+    }
+
+    /// Starts serving a queue, usually with a thread of its own. It looks at the ring at once,
+    /// without waiting for a kick: kicks from before this start may be lost.
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>>;
+
+    /// The frontend reset the device; no queue is open.
+    fn reset(&self) {}
+}
+
+/// The device does not let this part of its configuration be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("configuration is read-only")]
+pub struct ConfigRefused;
+
+/// A queue that is being served.
+pub trait QueueWorker: Send {
+    /// Takes nothing more from the ring, finishes what is in flight, publishes it, and stops.
+    fn stop(self: Box<Self>) -> QueueStop;
+}
+
+/// How a queue ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueStop {
+    /// Where the ring has got to.
+    pub ring: RingState,
+    /// Why it was retired, if it was.
+    pub retired: Option<Retire>,
+}
+
+/// Everything that serving one queue takes.
+#[derive(Debug)]
+pub struct QueueSetup {
+    /// The queue's index.
+    pub index: u16,
+    /// Its ring, in place and in the memory that buffers are in.
+    pub ring: SplitRing,
+    /// Readable when the driver kicked. Edges count: it need not be drained.
+    pub kick: OwnedFd,
+    /// Calls the driver.
+    pub call: Arc<Notifier>,
+    /// Tells the frontend that the ring was retired.
+    pub err: Arc<Notifier>,
+    /// Virtio features that the frontend accepted.
+    pub features: u64,
+}
+
+/// An eventfd of the frontend that may be exchanged, or absent, while a queue runs.
+#[derive(Debug, Default)]
+pub struct Notifier {
+    file: Mutex<Option<Target>>,
+}
+
+#[derive(Debug)]
+struct Target {
+    file: File,
+    /// A write might wait for the peer to read.
+    may_block: bool,
+}
+
+impl Notifier {
+    /// Signals. A full eventfd is success: the peer has not even seen the last signal.
+    pub fn signal(&self) {
+        let guard = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(target) = guard.as_ref() else { return };
+        // The peer's descriptor and this one share their flags, so it cannot be made non-blocking
+        // here without changing the peer's reads.
+        if target.may_block && !writable_now(target.file.as_fd()) {
+            return;
+        }
+        // A peer whose descriptor cannot be written has itself to blame; there is no one to tell.
+        let _ = (&target.file).write(&1u64.to_ne_bytes());
+    }
+
+    /// Exchanges the descriptor; `None` takes it away.
+    pub(crate) fn set(&self, fd: Option<OwnedFd>) {
+        let target = fd.map(|fd| Target {
+            may_block: !is_nonblocking(fd.as_fd()),
+            file: File::from(fd),
+        });
+        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = target;
+    }
+}
+
+fn writable_now(fd: BorrowedFd<'_>) -> bool {
+    wait([(fd, Interest::Write)], Some(Duration::ZERO)).is_ok_and(|[ready]| ready)
+}
+
+fn is_nonblocking(fd: BorrowedFd<'_>) -> bool {
+    crate::readiness::status_flags(fd).is_ok_and(|flags| flags & libc::O_NONBLOCK != 0)
+}

@@ -1,0 +1,135 @@
+//! Connection after connection, on one device.
+
+use crate::readiness::{Event, Interest, wait};
+use crate::session::Session;
+use crate::session::device::Device;
+use crate::session::socket::{Channel, ChannelEnd};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// How a session ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SessionEnd {
+    /// The frontend hung up.
+    HangUp,
+    /// The stop event was set.
+    Stopped,
+    /// The frontend sent what is not a message, or the socket failed.
+    Broken,
+}
+
+/// Serves one device to one frontend after the other.
+#[derive(Clone)]
+pub struct Server {
+    device: Arc<dyn Device>,
+    stop: Arc<OwnedFd>,
+}
+
+impl std::fmt::Debug for Server {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// A server of `device` that ends when `stop` becomes readable.
+    pub fn new(device: Arc<dyn Device>, stop: OwnedFd) -> Server {
+        let stop = Arc::new(stop);
+        Server { device, stop }
+    }
+
+    /// Serves one connection. When this returns, all I/O is drained and every descriptor that
+    /// came over the connection is closed.
+    pub fn serve(&self, stream: UnixStream) -> SessionEnd {
+        let mut channel = Channel::new(stream, self.stop.as_fd());
+        let mut session = Session::new(&*self.device);
+        let end = session.serve(&mut channel);
+        match end {
+            ChannelEnd::HangUp => SessionEnd::HangUp,
+            ChannelEnd::Stopped => SessionEnd::Stopped,
+            other => {
+                tracing::warn!(reason = %other, "connection ended");
+                SessionEnd::Broken
+            }
+        }
+    }
+
+    /// Serves connection after connection until the stop event.
+    pub fn run(&self, listener: &UnixListener) -> io::Result<()> {
+        listener.set_nonblocking(true)?;
+        loop {
+            let ready = wait(
+                [
+                    (self.stop.as_fd(), Interest::Read),
+                    (listener.as_fd(), Interest::Read),
+                ],
+                None,
+            )?;
+            if ready[0] {
+                return Ok(());
+            }
+            let stream = match listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(e) if is_transient(&e) => continue,
+                Err(e) => return Err(e),
+            };
+            if self.serve(stream) == SessionEnd::Stopped {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Runs a server in a thread of its own.
+    pub fn spawn(device: Arc<dyn Device>, listener: UnixListener) -> io::Result<ServerHandle> {
+        let stop = Event::new()?;
+        let server = Server::new(device, stop.duplicate()?);
+        let thread = std::thread::Builder::new()
+            .name("vhost-user".into())
+            .spawn(move || server.run(&listener))?;
+        Ok(ServerHandle {
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+/// A peer that is gone again, or a signal, is no reason to end.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+    )
+}
+
+/// A server in a thread; stopped and joined on drop.
+#[derive(Debug)]
+pub struct ServerHandle {
+    stop: Event,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl ServerHandle {
+    /// Drains and stops the server.
+    pub fn stop(mut self) -> io::Result<()> {
+        self.join()
+    }
+
+    fn join(&mut self) -> io::Result<()> {
+        self.stop.set();
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(io::Error::other("the server thread panicked")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for ServerHandle {
+    fn drop(&mut self) {
+        // The outcome was of interest to `stop`'s caller only.
+        let _ = self.join();
+    }
+}
