@@ -6,8 +6,12 @@ extern crate alloc;
 pub use log;
 pub use pv_abi as abi;
 
+pub mod block;
 pub mod clock;
+pub mod device;
 #[cfg(feature = "flat")]
 pub mod flat;
+pub mod limits;
 pub mod platform;
 pub mod sync;
+pub mod virtqueue;

@@ -30,7 +30,19 @@ impl<T> SpinLock<T> {
     }
 }
 
+impl<T> SpinLock<T> {
+    /// The value, without the lock.
+    pub fn into_inner(self) -> T {
+        self.value.into_inner()
+    }
+}
+
 impl<T: ?Sized> SpinLock<T> {
+    /// The value, which nobody else can be at.
+    pub fn get_mut(&mut self) -> &mut T {
+        self.value.get_mut()
+    }
+
     /// Waits for the lock. A holder that locks again waits for ever: a bug of the caller.
     pub fn lock(&self) -> SpinGuard<'_, T> {
         loop {

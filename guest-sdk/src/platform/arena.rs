@@ -8,7 +8,7 @@
 use crate::sync::SpinLock;
 use alloc::collections::BTreeMap;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU16, AtomicU64};
+use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64};
 use pv_abi::layout::PAGE_SIZE;
 
 /// Least bytes that an allocation takes and least alignment: a cache line, so that two buffers never
@@ -259,7 +259,6 @@ impl DmaBuf {
     }
 
     /// A 16-bit little-endian field of a ring, for atomic access.
-    #[allow(dead_code)]
     pub(crate) fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
         self.check(offset, 2);
         assert!(offset.is_multiple_of(2), "ring fields are aligned");
@@ -268,8 +267,15 @@ impl DmaBuf {
         unsafe { AtomicU16::from_ptr(self.at(offset).cast()) }
     }
 
+    /// A 32-bit field of a ring, for atomic access.
+    pub(crate) fn atomic_u32(&self, offset: usize) -> &AtomicU32 {
+        self.check(offset, 4);
+        assert!(offset.is_multiple_of(4), "ring fields are aligned");
+        // SAFETY: as in `atomic_u16`.
+        unsafe { AtomicU32::from_ptr(self.at(offset).cast()) }
+    }
+
     /// A 64-bit field of a ring, for atomic access.
-    #[allow(dead_code)]
     pub(crate) fn atomic_u64(&self, offset: usize) -> &AtomicU64 {
         self.check(offset, 8);
         assert!(offset.is_multiple_of(8), "ring fields are aligned");

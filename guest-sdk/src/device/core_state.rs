@@ -1,0 +1,426 @@
+//! One device: its state as the driver sees it, and the way back from a loss.
+
+use super::{Lost, Ring};
+use crate::limits::{BRING_UP_TIMEOUT, LOSS_TIMEOUT, MAX_RECOVERY_STEPS, RECOVERY_POLL};
+use crate::platform::{Arena, CallError, DeviceInfo, OutOfArena, Platform, Waiter};
+use crate::sync::SpinLock;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use pv_abi::call::number;
+use pv_abi::device::{DeviceSetup, DeviceState};
+use pv_abi::limits::{MAX_CONFIG, MAX_QUEUES};
+use pv_abi::status::Status;
+use pv_abi::virtio::feature;
+use zerocopy::IntoBytes;
+
+/// Why a device could not be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// The device table has no such device.
+    NotFound,
+    /// The device does not offer a feature that the driver cannot do without.
+    MissingFeatures(u64),
+    /// Its arena is not in the memory map.
+    NoArena(u32),
+    /// The arena has no room for rings and buffers.
+    OutOfArena(OutOfArena),
+    /// No queues, more than the device has, or a size that is no power of two from 2 to its limit.
+    BadQueues,
+    /// The device could not be brought up.
+    Device(Lost),
+}
+
+impl core::fmt::Display for OpenError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            OpenError::NotFound => f.write_str("no such device in the device table"),
+            OpenError::MissingFeatures(bits) => {
+                write!(f, "the device does not offer the features {bits:#x}")
+            }
+            OpenError::NoArena(index) => write!(f, "arena {index} is not in the memory map"),
+            OpenError::OutOfArena(error) => error.fmt(f),
+            OpenError::BadQueues => f.write_str("the device has no queues of that number or size"),
+            OpenError::Device(lost) => lost.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for OpenError {}
+
+impl From<OutOfArena> for OpenError {
+    fn from(error: OutOfArena) -> Self {
+        OpenError::OutOfArena(error)
+    }
+}
+
+/// How far a [`Core::step`] got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// The device is active and every channel attached.
+    Live,
+    /// Something is not there yet, or another vCPU is at it.
+    Waiting,
+}
+
+/// A device that a driver has in use.
+pub(crate) struct Core<P: Platform> {
+    platform: &'static P,
+    info: DeviceInfo,
+    config_vcpu: u32,
+    /// Feature bits that the driver cannot do without.
+    needed: u64,
+    rings: Vec<Arc<dyn Ring>>,
+    life: SpinLock<Life>,
+    /// Features in force now; a copy for readers without the lock.
+    features: AtomicU64,
+    /// The configuration's sequence number that the user has seen.
+    config_seen: AtomicU32,
+}
+
+struct Life {
+    /// The generation that the rings are attached to.
+    generation: Option<u32>,
+    /// Features of the first activation, then of the last; only ever fewer.
+    features: u64,
+    /// When the device was first seen away.
+    away_since: Option<u64>,
+    loss_timeout_ns: u64,
+    /// Whether the host may still be using rings and buffers.
+    host_has_memory: bool,
+    lost: Option<Lost>,
+}
+
+impl<P: Platform> Core<P> {
+    /// Finds a device and its arena.
+    pub(crate) fn find(
+        platform: &'static P,
+        kind: u32,
+        name: Option<&str>,
+    ) -> Result<(DeviceInfo, &'static Arena), OpenError> {
+        let info = platform
+            .device_table()
+            .find(kind, name)
+            .ok_or(OpenError::NotFound)?;
+        let arena = platform
+            .arena(info.arena)
+            .ok_or(OpenError::NoArena(info.arena))?;
+        Ok((info, arena))
+    }
+
+    /// Brings the device up with these queues; waits until it is there.
+    ///
+    /// `known` are the features that the driver has a use for, `needed` those it cannot do without.
+    pub(crate) fn bring_up(
+        platform: &'static P,
+        info: DeviceInfo,
+        known: u64,
+        needed: u64,
+        rings: Vec<Arc<dyn Ring>>,
+    ) -> Result<Self, OpenError> {
+        if rings.is_empty() || rings.len() > usize::from(info.queue_count) {
+            return Err(OpenError::BadQueues);
+        }
+        let config_vcpu = rings.first().map_or(0, |ring| ring.vcpu());
+        let core = Core {
+            platform,
+            info,
+            config_vcpu,
+            needed,
+            rings,
+            life: SpinLock::new(Life {
+                generation: None,
+                features: known,
+                away_since: None,
+                loss_timeout_ns: nanoseconds(BRING_UP_TIMEOUT),
+                host_has_memory: false,
+                lost: None,
+            }),
+            features: AtomicU64::new(0),
+            config_seen: AtomicU32::new(0),
+        };
+        let mut waiter = Waiter::new(platform, &[info.config_event()]);
+        loop {
+            waiter.clear();
+            match core.step() {
+                Ok(Step::Live) => break,
+                Ok(Step::Waiting) => waiter.idle(Some(RECOVERY_POLL)),
+                Err(Lost::Changed) => {
+                    let offered = platform
+                        .device_table()
+                        .info(info.index)
+                        .map_or(0, |now| now.features);
+                    let missing = needed & !offered;
+                    return Err(if missing != 0 {
+                        OpenError::MissingFeatures(missing)
+                    } else {
+                        OpenError::BadQueues
+                    });
+                }
+                Err(lost) => return Err(OpenError::Device(lost)),
+            }
+        }
+        drop(waiter);
+        core.set_loss_timeout(nanoseconds(LOSS_TIMEOUT));
+        core.take_config_change();
+        Ok(core)
+    }
+
+    pub(crate) fn platform(&self) -> &'static P {
+        self.platform
+    }
+
+    pub(crate) fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    pub(crate) fn config_vcpu(&self) -> u32 {
+        self.config_vcpu
+    }
+
+    /// The generation in force, if the device is up.
+    pub(crate) fn generation(&self) -> Option<u32> {
+        self.life.lock().generation
+    }
+
+    /// Features in force.
+    pub(crate) fn features(&self) -> u64 {
+        // Ordering: Relaxed, one number on its own.
+        self.features.load(Ordering::Relaxed)
+    }
+
+    /// How long the device may stay away.
+    pub(crate) fn set_loss_timeout(&self, nanoseconds: u64) {
+        self.life.lock().loss_timeout_ns = nanoseconds;
+    }
+
+    /// Configuration space and its bytes in use.
+    pub(crate) fn config(&self) -> ([u8; MAX_CONFIG], usize) {
+        self.platform
+            .device_table()
+            .config(self.info.index)
+            .map_or(([0; MAX_CONFIG], 0), |(config, len, _)| (config, len))
+    }
+
+    /// Whether the configuration has changed since the last time this was asked.
+    pub(crate) fn take_config_change(&self) -> bool {
+        let Some(now) = self.platform.device_table().config_seq(self.info.index) else {
+            return false;
+        };
+        // Ordering: Relaxed, the configuration itself is read under its own seqlock.
+        self.config_seen.swap(now, Ordering::Relaxed) != now
+    }
+
+    /// Whether the table still says that the generation a channel is attached to is active.
+    pub(crate) fn is_live(&self, attached: Option<u32>) -> bool {
+        attached.is_some_and(|generation| {
+            self.platform.device_table().state(self.info.index)
+                == Some((DeviceState::Active, generation))
+        })
+    }
+
+    /// Takes the device out of use, so that the next step starts it anew.
+    pub(crate) fn reset(&self) {
+        let mut life = self.life.lock();
+        self.detach_all(&mut life);
+        // What this fails with, the next step meets again.
+        let _later = self.reset_device(&mut life).is_err();
+    }
+
+    /// Whether every buffer is the driver's again, now that the device is lost.
+    pub(crate) fn memory_is_ours(&self) -> bool {
+        !self.life.lock().host_has_memory
+    }
+
+    /// Pushes the device towards being live, as far as that goes without waiting.
+    pub(crate) fn step(&self) -> Result<Step, Lost> {
+        let Some(mut life) = self.life.try_lock() else {
+            return Ok(Step::Waiting);
+        };
+        if let Some(lost) = life.lost {
+            return Err(lost);
+        }
+        let step = self.push(&mut life);
+        match step {
+            Ok(Step::Live) => {
+                life.away_since = None;
+                Ok(Step::Live)
+            }
+            Ok(Step::Waiting) => {
+                let now = self.platform.now_ns();
+                let since = *life.away_since.get_or_insert(now);
+                if now.saturating_sub(since) < life.loss_timeout_ns {
+                    return Ok(Step::Waiting);
+                }
+                Err(self.give_up(&mut life, Lost::TimedOut))
+            }
+            Err(lost) => Err(self.give_up(&mut life, lost)),
+        }
+    }
+
+    fn push(&self, life: &mut Life) -> Result<Step, Lost> {
+        for _ in 0..MAX_RECOVERY_STEPS {
+            // An entry whose state is no known number is as good as absent.
+            let (state, generation) = self
+                .platform
+                .device_table()
+                .state(self.info.index)
+                .unwrap_or((DeviceState::Absent, 0));
+            if state == DeviceState::Active && life.generation == Some(generation) {
+                return Ok(Step::Live);
+            }
+            self.detach_all(life);
+            let outcome = match state {
+                DeviceState::Active | DeviceState::NeedsReset => self.reset_device(life),
+                // The host let go of it on its own.
+                DeviceState::Absent => {
+                    self.rebuild_all(life);
+                    return Ok(Step::Waiting);
+                }
+                DeviceState::Negotiated => self.activate(life)?,
+            };
+            match outcome {
+                Ok(()) => {}
+                // The state has moved on between the look and the call.
+                Err(error) if error.status == Status::BadState => {}
+                Err(error) if error.status == Status::Again => return Ok(Step::Waiting),
+                Err(error) => return Err(Lost::Refused(error)),
+            }
+        }
+        Ok(Step::Waiting)
+    }
+
+    fn reset_device(&self, life: &mut Life) -> Result<(), CallError> {
+        let index = u64::from(self.info.index);
+        self.platform
+            .call(number::DEVICE_RESET, [index, 0, 0, 0, 0, 0])?;
+        self.rebuild_all(life);
+        Ok(())
+    }
+
+    fn activate(&self, life: &mut Life) -> Result<Result<(), CallError>, Lost> {
+        let Some(now) = self.platform.device_table().info(self.info.index) else {
+            return Err(Lost::Changed);
+        };
+        let features = now.features & life.features;
+        let fits = |ring: &Arc<dyn Ring>| ring.setup().size <= now.max_queue_size;
+        if features & self.needed != self.needed
+            || self.rings.len() > usize::from(now.queue_count)
+            || now.kind != self.info.kind
+            || now.arena != self.info.arena
+            || now.event_base != self.info.event_base
+            || !self.rings.iter().all(fits)
+        {
+            return Err(Lost::Changed);
+        }
+        // The rings are empty already; only now is it known for which features.
+        life.features = features;
+        self.empty_rings(features);
+        life.host_has_memory = true;
+        let setup = self.setup(features);
+        let Some(address) = self.platform.fill_scratch(&setup) else {
+            return Err(Lost::Changed);
+        };
+        let args = [
+            u64::from(self.info.index),
+            address,
+            setup.len() as u64,
+            0,
+            0,
+            0,
+        ];
+        let generation = match self.platform.call(number::DEVICE_ACTIVATE, args) {
+            Ok(generation) => generation,
+            Err(error) => {
+                life.host_has_memory = false;
+                return Ok(Err(error));
+            }
+        };
+        // Generations are 32 bits in the table.
+        let generation = generation as u32;
+        life.generation = Some(generation);
+        // Ordering: Relaxed, one number on its own.
+        self.features.store(features, Ordering::Relaxed);
+        for (index, ring) in self.rings.iter().enumerate() {
+            if ring.attach(generation) {
+                self.platform.notify(self.info.queue_event(index as u16));
+            }
+            if ring.vcpu() != self.platform.vcpu_index() {
+                // Its owner may be idling for a completion that was reaped.
+                self.platform.wake(ring.vcpu());
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// The bytes that `DEVICE_ACTIVATE` reads.
+    fn setup(&self, features: u64) -> Vec<u8> {
+        debug_assert!(self.rings.len() <= MAX_QUEUES as usize);
+        let head = DeviceSetup {
+            features,
+            queue_count: self.rings.len() as u32,
+            config_vcpu: self.config_vcpu,
+        };
+        let mut bytes = Vec::from(head.as_bytes());
+        for ring in &self.rings {
+            bytes.extend_from_slice(ring.setup().as_bytes());
+        }
+        bytes
+    }
+
+    fn detach_all(&self, life: &mut Life) {
+        if life.generation.take().is_some() {
+            log::warn!("device {}: lost, starting it anew", self.info.name());
+        }
+        for ring in &self.rings {
+            ring.detach();
+        }
+    }
+
+    /// The device has let go: reap and empty the rings.
+    fn rebuild_all(&self, life: &mut Life) {
+        if core::mem::take(&mut life.host_has_memory) {
+            self.empty_rings(life.features);
+        }
+    }
+
+    fn empty_rings(&self, features: u64) {
+        let event_idx = features & feature::EVENT_IDX != 0;
+        let indirect = features & feature::INDIRECT_DESC != 0;
+        for ring in &self.rings {
+            ring.rebuild(event_idx, indirect);
+        }
+    }
+
+    fn give_up(&self, life: &mut Life, lost: Lost) -> Lost {
+        log::error!("device {}: {lost}", self.info.name());
+        self.detach_all(life);
+        life.lost = Some(lost);
+        lost
+    }
+}
+
+impl<P: Platform> Drop for Core<P> {
+    fn drop(&mut self) {
+        let life = self.life.get_mut();
+        if !life.host_has_memory {
+            return;
+        }
+        let index = u64::from(self.info.index);
+        let stopped = self
+            .platform
+            .call(number::DEVICE_RESET, [index, 0, 0, 0, 0, 0]);
+        if stopped.is_err() {
+            // Memory that a device may still write must never be handed out again.
+            log::error!("device {}: cannot be stopped", self.info.name());
+            for ring in &self.rings {
+                core::mem::forget(Arc::clone(ring));
+            }
+        }
+    }
+}
+
+fn nanoseconds(duration: core::time::Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,33 @@
+//! Every bound of the drivers, with its reason.
+
+use core::time::Duration;
+
+/// Segments in one chain that a driver here makes: head, data, status, and one to spare.
+pub const MAX_SEGMENTS: usize = 4;
+/// Bytes of data in one block request: large enough to amortise everything, small enough that one
+/// request never holds a backend up; also below every `u32` length in the ring.
+pub const MAX_BLOCK_BYTES: usize = 1 << 20;
+/// Entries that a block queue gets unless asked otherwise: depth 32 with direct chains of three fits
+/// in half of it.
+pub const DEFAULT_QUEUE_SIZE: u16 = 256;
+/// Bytes of each bounce buffer of the blocking, copying calls.
+pub const BOUNCE_BYTES: usize = 64 << 10;
+/// Bounce buffers in flight at once; beyond a few the copying is what limits.
+pub const BOUNCE_DEPTH: usize = 4;
+/// Bytes of each receive and transmit buffer of the console.
+pub const CONSOLE_BUFFER: usize = 1024;
+/// Buffers that the console keeps posted for input, and at most in flight for output.
+pub const CONSOLE_BUFFERS: u16 = 8;
+/// Bytes of one entropy request.
+pub const RNG_BUFFER: usize = 64;
+/// How long a device may take to appear when it is opened.
+pub const BRING_UP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a lost device may stay away before its requests fail; a supervisor restarts a backend in
+/// well under a second, an operator within a minute.
+pub const LOSS_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often a wait looks at the device table on a vCPU that does not get the configuration event.
+pub const LOSS_POLL: Duration = Duration::from_millis(50);
+/// How often a wait looks again while the device is being brought back.
+pub const RECOVERY_POLL: Duration = Duration::from_millis(5);
+/// Transitions of the device that one look follows before it lets its caller go on.
+pub const MAX_RECOVERY_STEPS: usize = 8;
