@@ -2,15 +2,19 @@
 //!
 //! | module | room |
 //! |---|---|
+//! | [`cli`] | the command line |
 //! | [`scan`] | what there is to pack, and what cannot be packed |
 //! | [`image`] | the image file: partition table, FAT volume, the file as a disk |
 //! | [`pack`] | from the plan to the image, hashing on the way |
 //! | [`verify`] | the image after the guest |
+//! | [`report`] | the table at the end |
 //! | [`limits`] | every bound, with its reason |
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod image;
 pub mod limits;
 pub mod pack;
+pub mod report;
 pub mod scan;
 pub mod verify;

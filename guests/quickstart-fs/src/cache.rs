@@ -163,6 +163,8 @@ impl<D: Disk> Cache<D> {
         let slot = match self.lookup(chunk) {
             Some(slot) if self.slots[slot].state == State::Ready => slot,
             Some(slot) => {
+                // Before others are started: they take the slot that was not used for longest.
+                self.slots[slot].used = self.clock;
                 self.read_ahead(chunk)?;
                 self.wait_for(slot)?;
                 slot

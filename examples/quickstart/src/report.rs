@@ -1,0 +1,93 @@
+//! The table at the end.
+
+use std::fmt;
+use std::time::Duration;
+
+/// Everything that the table shows.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What ran the guest.
+    pub accel: String,
+    /// SHA-256 of the guest's ELF, in hexadecimal.
+    pub guest: String,
+    /// From building the VM to the guest's first call.
+    pub boot: Duration,
+    /// Files hashed.
+    pub files: u64,
+    /// Bytes of these files.
+    pub bytes: u64,
+    /// Time from the first to the last file.
+    pub hashing: Duration,
+    /// Block requests that the guest made.
+    pub requests: u64,
+    /// Exits to the VMM in user space.
+    pub exits: u64,
+    /// Doorbells rung.
+    pub kicks: u64,
+    /// Entries that were left out.
+    pub skipped: usize,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut row = |name: &str, value: &dyn fmt::Display| writeln!(f, "  {name:<18} {value}");
+        row("accel", &self.accel)?;
+        row("guest ELF sha256", &self.guest)?;
+        row(
+            "boot time",
+            &format_args!("{:.2} ms", self.boot.as_secs_f64() * 1e3),
+        )?;
+        row("files", &self.files)?;
+        if self.skipped > 0 {
+            row("left out", &self.skipped)?;
+        }
+        row("bytes", &self.bytes)?;
+        let rate = self.bytes as f64 / 1e6 / self.hashing.as_secs_f64();
+        match rate.is_finite() {
+            true => row("hashed at", &format_args!("{rate:.1} MB/s"))?,
+            false => row("hashed at", &"-")?,
+        }
+        row("block requests", &self.requests)?;
+        row("exits per request", &Ratio(self.exits, self.requests))?;
+        row("kicks per request", &Ratio(self.kicks, self.requests))
+    }
+}
+
+struct Ratio(u64, u64);
+
+impl fmt::Display for Ratio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.1 {
+            0 => f.write_str("-"),
+            requests => {
+                let ratio = self.0 as f64 / requests as f64;
+                write!(f, "{ratio:.3} ({} in all)", self.0)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_divided_by_zero() {
+        let report = Report {
+            accel: "kvm".into(),
+            guest: "00".into(),
+            boot: Duration::from_micros(2500),
+            files: 0,
+            bytes: 0,
+            hashing: Duration::ZERO,
+            requests: 0,
+            exits: 3,
+            kicks: 0,
+            skipped: 2,
+        };
+        let text = report.to_string();
+        assert!(text.contains("boot time          2.50 ms"), "{text}");
+        assert!(text.contains("left out           2"), "{text}");
+        assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
+    }
+}
