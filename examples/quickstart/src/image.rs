@@ -273,6 +273,8 @@ impl Disk for FileDisk {
         Ok(())
     }
 
+    fn kick(&mut self) {}
+
     fn finish_read(&mut self, into: &mut [u8]) -> io::Result<()> {
         let sector = self
             .started

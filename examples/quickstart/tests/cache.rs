@@ -54,6 +54,8 @@ impl Disk for Ram {
         Ok(())
     }
 
+    fn kick(&mut self) {}
+
     fn finish_read(&mut self, into: &mut [u8]) -> io::Result<()> {
         let (start, length) = self.in_flight.pop_front().unwrap();
         assert_eq!(into.len(), length);

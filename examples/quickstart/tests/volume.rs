@@ -4,19 +4,30 @@ use quickstart::image::FileDisk;
 use quickstart::pack::{Contents, pack, read_contents};
 use quickstart::scan::Plan;
 use quickstart::verify::verify;
-use quickstart_fs::walk::{Summary, hash_volume};
+use quickstart_fs::walk::{Summary, hash_volume, timestamp};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-const WHEN: embedded_sdmmc::Timestamp = embedded_sdmmc::Timestamp {
-    year_since_1970: 50,
-    zero_indexed_month: 0,
-    zero_indexed_day: 0,
-    hours: 0,
-    minutes: 0,
-    seconds: 0,
-};
+/// The second of July 2026, and what FAT makes of the ends of time.
+#[test]
+fn times_are_calendar_dates() {
+    let date = |seconds| {
+        let t = timestamp(seconds);
+        let year = 1970 + u32::from(t.year_since_1970);
+        let (month, day) = (t.zero_indexed_month + 1, t.zero_indexed_day + 1);
+        format!(
+            "{year}-{month:02}-{day:02} {:02}:{:02}:{:02}",
+            t.hours, t.minutes, t.seconds
+        )
+    };
+    assert_eq!(date(1_782_993_599), "2026-07-02 11:59:59");
+    assert_eq!(date(951_782_400), "2000-02-29 00:00:00");
+    assert_eq!(date(4_107_542_399), "2100-02-28 23:59:59");
+    assert_eq!(date(4_107_542_400), "2100-03-01 00:00:00");
+    assert_eq!(date(0), "1980-01-01 00:00:00");
+    assert!(date(u64::MAX >> 8).starts_with("2107"));
+}
 
 struct Bench {
     dir: TempDir,
@@ -54,7 +65,7 @@ impl Bench {
 
     fn guest(&self) -> Summary {
         let disk = FileDisk::new(open(&self.image())).unwrap();
-        hash_volume(disk, || 0, WHEN).unwrap().0
+        hash_volume(disk, || 0, timestamp(1_782_993_600)).unwrap().0
     }
 }
 
@@ -164,7 +175,7 @@ fn damaged_images_end_in_an_error() {
     let hash = |bytes: &[u8]| {
         fs::write(bench.image(), bytes).unwrap();
         let disk = FileDisk::new(open(&bench.image())).unwrap();
-        hash_volume(disk, || 0, WHEN)
+        hash_volume(disk, || 0, timestamp(1_782_993_600))
     };
     hash(&[]).unwrap_err();
     hash(&[0; 4096]).unwrap_err();

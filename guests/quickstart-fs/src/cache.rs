@@ -193,8 +193,12 @@ impl<D: Disk> Cache<D> {
         self.slots.iter().position(here)
     }
 
-    /// Starts reads of the chunks after `chunk`, as far as the limits go.
+    /// Starts reads of the chunks after `chunk`, as far as the limits go, in batches: a doorbell for
+    /// each would cost more than it gains.
     fn read_ahead(&mut self, chunk: u64) -> Result<(), CacheError<D::Error>> {
+        if self.in_flight.len() > READ_AHEAD / 2 {
+            return Ok(());
+        }
         let end = self.disk.sectors().div_ceil(CHUNK_SECTORS);
         for next in (chunk + 1..end).take(READ_AHEAD - 1) {
             if self.in_flight.len() >= READ_AHEAD {
@@ -204,6 +208,7 @@ impl<D: Disk> Cache<D> {
                 self.start(next)?;
             }
         }
+        self.disk.kick();
         Ok(())
     }
 

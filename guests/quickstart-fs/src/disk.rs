@@ -14,8 +14,12 @@ pub trait Disk {
     /// Sectors on the disk.
     fn sectors(&self) -> u64;
 
-    /// Starts a read of `length` bytes.
+    /// Starts a read of `length` bytes. The device need not see it before the next
+    /// [`kick`](Disk::kick) or [`finish_read`](Disk::finish_read), so that a batch costs one doorbell.
     fn start_read(&mut self, sector: u64, length: usize) -> Result<(), Self::Error>;
+
+    /// Shows the device every read that was started.
+    fn kick(&mut self);
 
     /// Waits for the oldest read that was started. `into` is as long as that read.
     ///

@@ -12,12 +12,56 @@ pub const NAME: &str = "SHA256.TXT";
 /// Bytes of a digest.
 pub const DIGEST: usize = 32;
 
-/// The embedder's call in which the guest reports: files, folders, bytes of files, nanoseconds
-/// from mounting to the flushed manifest, nanoseconds of these spent on hashing the files, and read
-/// requests.
+/// The embedder's call that the guest makes first; without arguments.
 ///
-/// It is this number in the embedder's range.
-pub const REPORT_CALL: u32 = 0;
+/// This and [`REPORT_CALL`] are numbers within the embedder's range.
+pub const STARTED_CALL: u32 = 0;
+/// The embedder's call with a [`Report`], once the manifest is flushed.
+pub const REPORT_CALL: u32 = 1;
+
+/// What the guest reports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Files hashed.
+    pub files: u64,
+    /// Folders entered, the root left out.
+    pub folders: u64,
+    /// Bytes of the files.
+    pub bytes: u64,
+    /// Nanoseconds from opening the disk to the flushed manifest.
+    pub total_ns: u64,
+    /// Nanoseconds from the first to the last file.
+    pub hash_ns: u64,
+    /// Block requests made.
+    pub requests: u64,
+}
+
+impl Report {
+    /// As the call's arguments.
+    pub const fn to_args(self) -> [u64; 6] {
+        [
+            self.files,
+            self.folders,
+            self.bytes,
+            self.total_ns,
+            self.hash_ns,
+            self.requests,
+        ]
+    }
+
+    /// From the call's arguments.
+    pub const fn from_args(args: [u64; 6]) -> Self {
+        let [files, folders, bytes, total_ns, hash_ns, requests] = args;
+        Report {
+            files,
+            folders,
+            bytes,
+            total_ns,
+            hash_ns,
+            requests,
+        }
+    }
+}
 
 /// Appends one line.
 pub fn push_line(text: &mut String, digest: &[u8; DIGEST], path: &str) {

@@ -92,6 +92,32 @@ pub fn hash_volume<D: Disk>(
     Ok((summary, cache.into_disk()))
 }
 
+/// Seconds since the Unix epoch as FAT writes them down: from 1980 to 2107.
+pub fn timestamp(seconds: u64) -> Timestamp {
+    const DAY: u64 = 86_400;
+    let second = seconds % DAY;
+    // Days to a date in the proleptic Gregorian calendar, in eras of 400 years from March 0000.
+    let days = seconds / DAY + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * from_march + 2) / 5;
+    let month = (from_march + 2) % 12;
+    let year = era * 400 + year_of_era + u64::from(month < 2);
+    // Every value is in range by construction, but for the year.
+    let byte = |value: u64| u8::try_from(value).unwrap_or(0);
+    Timestamp {
+        year_since_1970: byte(year.clamp(1980, 2107) - 1970),
+        zero_indexed_month: byte(month),
+        zero_indexed_day: byte(day),
+        hours: byte(second / 3600),
+        minutes: byte(second / 60 % 60),
+        seconds: byte(second % 60),
+    }
+}
+
 type Manager<D> = VolumeManager<Sectors<D>, Wall, { MAX_DEPTH + 1 }, 1, 1>;
 type VolumeResult<T, D> = Result<T, embedded_sdmmc::Error<CacheError<<D as Disk>::Error>>>;
 
