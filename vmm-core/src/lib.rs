@@ -1,5 +1,60 @@
-//! A hypervisor library.
+//! A hypervisor library: build a VM, give it memory, devices and backends, run it.
+//!
+//! ```no_run
+//! use vmm_core::{Accel, BlockConfig, Image, VmBuilder};
+//! use std::process::Command;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let vm = VmBuilder::new(Image::open("guest.elf")?)
+//!     .accel(Accel::auto())
+//!     .memory(64 << 20)
+//!     .console(std::io::stdout())
+//!     .block(BlockConfig::spawn(|| {
+//!         let mut command = Command::new("pv-blkd");
+//!         command.args(["--blk-file", "disk.img"]);
+//!         command
+//!     }))
+//!     .build()?;
+//! let exit = vm.run()?.wait();
+//! println!("the guest {exit}");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The library never prints, never exits, and installs no signal handler. It starts threads of its
+//! own (one per vCPU, one per backend, one for in-process devices), and on kvm it sends its vCPU
+//! threads the real-time signal `SIGRTMIN + 7`, blocked in those threads and admitted only inside
+//! `KVM_RUN`.
+//!
+//! | room | what happens there |
+//! |---|---|
+//! | `image` | an ELF file becomes checked segments and a note |
+//! | `memory` | private RAM, arenas, and the one list of what the guest sees where |
+//! | `accel` | the list becomes a KVM guest or a confined process |
+//! | `device` | the device table, in-process devices, the vhost-user frontend |
+//! | `vm` | building, running, calls, statistics |
+//! | `fault` | why a guest ended and who is to blame |
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("vmm-core runs on Linux on x86-64");
+
+mod accel;
+mod device;
 mod fault;
 mod image;
 pub mod limits;
 mod memory;
+mod vm;
+
+pub use accel::{Accel, AccelError, SandboxReport};
+pub use device::block::BlockConfig;
+pub use fault::{
+    ExitReason, Fault, FaultClass, GuestFault, PeerLost, Policy, Registers, Violation,
+};
+pub use image::{Access, Image, ImageError, Segment};
+pub use memory::{HugePages, MemoryKind, MemoryReport};
+pub use pv_abi;
+pub use vm::{
+    BuildError, Call, ExitCounts, LogLevel, Refusal, RegistryError, Stats, Vm, VmBuilder, VmError,
+    VmEvent, VmHandle,
+};

@@ -1,0 +1,158 @@
+//! Making a VM: memory slots, CPUID, sregs, doorbells.
+#![allow(unsafe_code)]
+// UNSAFETY: KVM_SET_USER_MEMORY_REGION hands host mappings to the kernel.
+
+use super::idle::IdleSet;
+use super::vcpu::KvmVcpu;
+use super::{PORT_NOTIFY, System, errno, gate, monitor, paging};
+use crate::accel::{AccelError, AccelInput, AccelVm, Parts, SandboxReport, Vcpu};
+use crate::memory::{GuestMemory, Region};
+use crate::vm::events::EventTable;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use pv_abi::layout::{GATE_BASE, RAM_BASE, RAM_HIGH_BASE, VMM_BASE};
+use std::collections::HashSet;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Where Intel's real-mode helper pages go: in the MMIO hole, never mapped by the guest.
+const TSS_PAGES: usize = 0xfffb_d000;
+
+pub(super) struct KvmVm {
+    fd: VmFd,
+    events: Arc<EventTable>,
+    watched: Mutex<HashSet<u32>>,
+    idle: Vec<Arc<IdleSet>>,
+    // Slots point into this memory, so it lives as long as the VM does.
+    _memory: Arc<GuestMemory>,
+}
+
+pub(super) fn create(system: &System, input: AccelInput) -> Result<Parts, AccelError> {
+    let fd = create_vm(system)?;
+    let memory = &input.memory;
+    let slots = [(VMM_BASE, &memory.vmm), (RAM_BASE, &memory.ram_low)]
+        .into_iter()
+        .chain(memory.ram_high.as_ref().map(|r| (RAM_HIGH_BASE, r)))
+        .chain(memory.arenas.iter().map(|a| (a.gpa, &*a.region)));
+    for (slot, (gpa, region)) in (0u32..).zip(slots) {
+        set_slot(&fd, slot, gpa, region).map_err(AccelError::host("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    let vendor_is_intel = system
+        .cpuid
+        .as_slice()
+        .iter()
+        .any(|e| e.function == 0 && e.ebx == u32::from_le_bytes(*b"Genu"));
+    if vendor_is_intel {
+        fd.set_tss_address(TSS_PAGES)
+            .map_err(errno)
+            .map_err(AccelError::host("KVM_SET_TSS_ADDR"))?;
+    }
+    let write = |r: io::Result<()>| r.map_err(AccelError::host("write the monitor"));
+    write(
+        memory
+            .vmm
+            .write_bytes(GATE_BASE - VMM_BASE, &gate::bodies()),
+    )?;
+    write(monitor::build(&memory.vmm, input.vcpus))?;
+    let monitor_len = monitor::len(input.vcpus);
+    write(paging::build(
+        &memory.vmm,
+        &input.map,
+        monitor_len,
+        monitor::STUBS,
+    ))?;
+    let mut vcpus: Vec<Box<dyn Vcpu>> = Vec::new();
+    let mut idle = Vec::new();
+    for index in 0..input.vcpus {
+        let set = IdleSet::new(Arc::clone(&input.events), index);
+        let set = Arc::new(set.map_err(AccelError::host("epoll"))?);
+        idle.push(Arc::clone(&set));
+        vcpus.push(Box::new(KvmVcpu::new(
+            system,
+            &fd,
+            index,
+            Arc::clone(memory),
+            set,
+        )?));
+    }
+    let vm = KvmVm {
+        fd,
+        events: input.events,
+        watched: Mutex::default(),
+        idle,
+        _memory: Arc::clone(&input.memory),
+    };
+    Ok((Arc::new(vm), vcpus))
+}
+
+/// `KVM_CREATE_VM` is interrupted by signals that have nothing to do with it.
+fn create_vm(system: &System) -> Result<VmFd, AccelError> {
+    loop {
+        match system.kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => continue,
+            other => {
+                return other
+                    .map_err(errno)
+                    .map_err(AccelError::host("KVM_CREATE_VM"));
+            }
+        }
+    }
+}
+
+fn set_slot(fd: &VmFd, slot: u32, gpa: u64, region: &Region) -> io::Result<()> {
+    let slot = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: gpa,
+        memory_size: region.len(),
+        userspace_addr: region.host_address(),
+    };
+    // SAFETY: the mapping covers `memory_size` bytes and outlives the VM: the VM holds the memory.
+    unsafe { fd.set_user_memory_region(slot) }.map_err(errno)
+}
+
+impl AccelVm for KvmVm {
+    fn kick_signal(&self) -> Option<libc::c_int> {
+        Some(super::vcpu::kick_signal())
+    }
+
+    fn watch_doorbell(&self, doorbell: u32) -> io::Result<()> {
+        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        if watched.contains(&doorbell) {
+            return Ok(());
+        }
+        let Some(event) = self.events.doorbell(doorbell) else {
+            return Ok(());
+        };
+        let address = IoEventAddress::Pio(u64::from(PORT_NOTIFY));
+        self.fd
+            .register_ioevent(event, &address, doorbell)
+            .map_err(errno)?;
+        watched.insert(doorbell);
+        Ok(())
+    }
+
+    fn wait_for(&self, vcpu: u32, event: u32, on: bool) -> io::Result<()> {
+        let set = usize::try_from(vcpu).ok().and_then(|i| self.idle.get(i));
+        set.map_or(Ok(()), |set| set.set(event, on))
+    }
+
+    fn freeze(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn thaw(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn kill(&self) {}
+
+    fn sandbox_report(&self) -> SandboxReport {
+        SandboxReport {
+            layers: vec!["kvm: guest at CPL 3 on its own page tables, no irqchip".into()],
+            missing: Vec::new(),
+            claim: "isolation of a KVM guest; on a pagetable-based KVM, the host kernel's shadow \
+                    paging and instruction emulation are exposed",
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! Accels: what carries a guest's instructions out.
+//!
+//! An accel turns the address map into something that runs, and each vCPU into a value whose
+//! [`Vcpu::run`] returns when the guest wants something. Everything above this seam is the same on
+//! all of them.
+
+pub(crate) mod kvm;
+pub(crate) mod process;
+
+use crate::fault::{GuestFault, Violation};
+use crate::memory::GuestMemory;
+use crate::memory::map::AddressMap;
+use crate::vm::events::EventTable;
+use std::io;
+use std::sync::Arc;
+
+/// Which accel runs a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Accel {
+    /// `/dev/kvm`, hardware or pagetable-based.
+    Kvm,
+    /// A confined process; works without `/dev/kvm`.
+    Process,
+}
+
+/// No accel of this kind can be used here.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AccelError {
+    /// `/dev/kvm` is absent or may not be opened.
+    #[error(
+        "cannot use /dev/kvm: {source}; load the kvm module, join the kvm group, or use the process accel"
+    )]
+    NoKvm {
+        /// Why.
+        source: io::Error,
+    },
+    /// KVM lacks something this library needs.
+    #[error("/dev/kvm lacks {what}; a kernel of 6.1 or later has it, or use the process accel")]
+    KvmLacks {
+        /// What.
+        what: &'static str,
+    },
+    /// A host call failed while the VM was made.
+    #[error("cannot make the VM: {step}: {source}")]
+    Host {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// The confined process could not be set up.
+    #[error("cannot set up the sandboxed process: {0}")]
+    Sandbox(String),
+    /// Not the name of an accel.
+    #[error("no accel is called {0:?}; there are kvm, process and auto")]
+    UnknownName(String),
+}
+
+impl AccelError {
+    pub(crate) fn host(step: &'static str) -> impl FnOnce(io::Error) -> AccelError {
+        move |source| AccelError::Host { step, source }
+    }
+}
+
+impl Accel {
+    /// The best accel that works here: kvm where `/dev/kvm` opens, process otherwise.
+    pub fn auto() -> Accel {
+        if Accel::Kvm.check().is_ok() {
+            Accel::Kvm
+        } else {
+            Accel::Process
+        }
+    }
+
+    /// Whether this accel can be used here.
+    ///
+    /// # Errors
+    /// The reason why not, with what to do about it.
+    pub fn check(self) -> Result<(), AccelError> {
+        match self {
+            Accel::Kvm => kvm::check(),
+            Accel::Process => Ok(()),
+        }
+    }
+
+    /// `kvm`, `process`, or `auto` for [`Accel::auto`].
+    ///
+    /// # Errors
+    /// [`AccelError::UnknownName`] for anything else.
+    pub fn from_name(name: &str) -> Result<Accel, AccelError> {
+        match name {
+            "kvm" => Ok(Accel::Kvm),
+            "process" => Ok(Accel::Process),
+            "auto" => Ok(Accel::auto()),
+            other => Err(AccelError::UnknownName(other.to_owned())),
+        }
+    }
+
+    /// The name that [`Accel::from_name`] takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Accel::Kvm => "kvm",
+            Accel::Process => "process",
+        }
+    }
+
+    /// The number in the boot block.
+    pub(crate) fn abi_code(self) -> u32 {
+        match self {
+            Accel::Kvm => pv_abi::boot::accel::KVM,
+            Accel::Process => pv_abi::boot::accel::PROCESS,
+        }
+    }
+}
+
+impl std::fmt::Display for Accel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for Accel {
+    type Err = AccelError;
+
+    fn from_str(name: &str) -> Result<Accel, AccelError> {
+        Accel::from_name(name)
+    }
+}
+
+/// The layers that confine a guest, as they are in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SandboxReport {
+    /// Layers in force, outermost first.
+    pub layers: Vec<String>,
+    /// Layers that this host does not have, with the reason.
+    pub missing: Vec<String>,
+    /// What the sum of it is worth, in one sentence.
+    pub claim: &'static str,
+}
+
+/// Why a vCPU left the guest.
+#[derive(Debug)]
+pub(crate) enum VcpuExit {
+    /// The `call` slot, with this frame index.
+    Call(u32),
+    /// The `idle` slot; the accel has waited already.
+    Idle,
+    /// A doorbell that no ioeventfd answered.
+    Doorbell(u32),
+    /// The `exit` slot.
+    Exit(u32),
+    /// A CPU fault.
+    Fault(Box<GuestFault>),
+    /// A rule was broken.
+    Violation(Violation),
+    /// Kicked: look at what the VM wants.
+    Interrupted,
+    /// The guest is gone; someone else has recorded why.
+    Gone,
+}
+
+/// Registers at a vCPU's first instruction; all others are zero.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct StartState {
+    pub(crate) rip: u64,
+    pub(crate) rsp: u64,
+    pub(crate) rdi: u64,
+    pub(crate) rsi: u64,
+}
+
+/// One vCPU, driven by the thread that owns it.
+pub(crate) trait Vcpu: Send {
+    /// Sets the registers with which the first [`Vcpu::run`] enters the guest.
+    fn start(&mut self, state: &StartState) -> io::Result<()>;
+    /// Runs the guest until it wants something. The call before it has been answered in memory.
+    fn run(&mut self) -> io::Result<VcpuExit>;
+}
+
+/// What an accel tells the VM about its guest from outside the vCPU threads.
+pub(crate) trait Reporter: Send + Sync {
+    fn fault(&self, fault: Box<GuestFault>);
+    fn violation(&self, violation: Violation);
+    fn host_error(&self, error: io::Error);
+}
+
+/// One VM on one accel.
+pub(crate) trait AccelVm: Send + Sync {
+    /// The signal that makes a vCPU thread leave the guest, if that is how this accel does it.
+    fn kick_signal(&self) -> Option<libc::c_int>;
+    /// Answers this doorbell without a VMM exit from now on. Not all accels need to.
+    fn watch_doorbell(&self, doorbell: u32) -> io::Result<()>;
+    /// Lets this vCPU's `idle` return on this event from now on, or no longer.
+    fn wait_for(&self, vcpu: u32, event: u32, on: bool) -> io::Result<()>;
+    /// Keeps the guest from executing, where the vCPU threads alone cannot.
+    fn freeze(&self) -> io::Result<()>;
+    /// Lets the guest execute again.
+    fn thaw(&self) -> io::Result<()>;
+    /// Ends the guest's execution for good; vCPUs return `Gone` or `Interrupted`.
+    fn kill(&self);
+    fn sandbox_report(&self) -> SandboxReport;
+}
+
+/// What an accel is made from.
+pub(crate) struct AccelInput {
+    pub(crate) vcpus: u32,
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) map: Arc<AddressMap>,
+    pub(crate) events: Arc<EventTable>,
+}
+
+/// A VM and its vCPUs, in order of their indices.
+pub(crate) type Parts = (Arc<dyn AccelVm>, Vec<Box<dyn Vcpu>>);

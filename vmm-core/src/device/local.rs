@@ -1,0 +1,280 @@
+//! Devices that this process serves: one thread per VM, one event loop, bounded turns.
+//!
+//! Each active queue is a [`QueueServer`] in an `event-manager` loop, woken by the queue's kick
+//! eventfd. It takes chains in batches, so one queue cannot keep the others from being served.
+
+use super::{DeviceIo, QueueConfig, Setup};
+use crate::limits::DEVICE_BATCH;
+use crate::vm::events::signal;
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
+    SubscriberOps,
+};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use vhost_backends::ring::{Completion, DeviceRing, OwnedChain, RingConfig, SplitRing};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// What carries out the chains of one queue.
+pub(crate) trait ChainServer: Send {
+    /// Carries one chain out and returns the bytes written, or `None` to keep it for later.
+    fn serve(&mut self, chain: &OwnedChain, memory: &GuestMemoryMmap) -> Option<u32>;
+    /// An extra event source besides the kick; signalled when kept chains may go on.
+    fn extra(&self) -> Option<&EventFd> {
+        None
+    }
+}
+
+type Boxed = Box<dyn MutEventSubscriber + Send>;
+
+/// The thread that serves all in-process devices of a VM, and its periodic work.
+pub(crate) struct LocalThread {
+    endpoint: Arc<Mutex<RemoteEndpoint<Boxed>>>,
+    stop: Arc<AtomicBool>,
+    wake: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Periodic work of a VM, on the same thread: `every` apart.
+pub(crate) type Periodic = (std::time::Duration, Box<dyn FnMut() + Send>);
+
+impl LocalThread {
+    pub(crate) fn start(mut periodic: Periodic) -> io::Result<LocalThread> {
+        let mut manager = EventManager::<Boxed>::new().map_err(other)?;
+        let endpoint = Arc::new(Mutex::new(manager.remote_endpoint()));
+        let stop = Arc::new(AtomicBool::new(false));
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        manager.add_subscriber(Box::new(Waker(wake.try_clone()?)));
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("pv-devices".into())
+            .spawn(move || {
+                let millis = i32::try_from(periodic.0.as_millis()).unwrap_or(i32::MAX);
+                let mut next = std::time::Instant::now() + periodic.0;
+                while !stopped.load(Ordering::Acquire) {
+                    if let Err(error) = manager.run_with_timeout(millis) {
+                        tracing::error!(?error, "the device loop failed");
+                        return;
+                    }
+                    if std::time::Instant::now() >= next {
+                        (periodic.1)();
+                        next = std::time::Instant::now() + periodic.0;
+                    }
+                }
+            })?;
+        Ok(LocalThread {
+            endpoint,
+            stop,
+            wake,
+            thread: Some(thread),
+        })
+    }
+
+    pub(crate) fn endpoint(&self) -> LocalEndpoint {
+        LocalEndpoint(Arc::clone(&self.endpoint))
+    }
+}
+
+impl Drop for LocalThread {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        let _ = signal(&self.wake);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Waker(EventFd);
+
+impl MutEventSubscriber for Waker {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let _ = self.0.read();
+    }
+    fn init(&mut self, ops: &mut EventOps) {
+        let _ = ops.add(Events::new(&self.0, EventSet::IN));
+    }
+}
+
+/// Adds queues to the loop, and takes them out again.
+#[derive(Clone)]
+pub(crate) struct LocalEndpoint(Arc<Mutex<RemoteEndpoint<Boxed>>>);
+
+impl LocalEndpoint {
+    fn add(&self, subscriber: Boxed) -> io::Result<SubscriberId> {
+        let endpoint = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        endpoint
+            .call_blocking(|manager| {
+                Ok::<_, event_manager::Error>(manager.add_subscriber(subscriber))
+            })
+            .map_err(other)
+    }
+
+    /// The subscriber is gone, and not being called, once this returns.
+    fn remove(&self, id: SubscriberId) {
+        let endpoint = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let removed =
+            endpoint.call_blocking(move |manager| manager.remove_subscriber(id).map(|_| ()));
+        if let Err(error) = removed {
+            tracing::debug!(?error, "a queue was gone already");
+        }
+    }
+}
+
+fn other(error: event_manager::Error) -> io::Error {
+    io::Error::other(format!("event loop: {error:?}"))
+}
+
+/// The active queues of one in-process device.
+pub(crate) struct LocalQueues {
+    endpoint: LocalEndpoint,
+    active: Vec<SubscriberId>,
+}
+
+impl LocalQueues {
+    pub(crate) fn new(endpoint: LocalEndpoint) -> LocalQueues {
+        LocalQueues {
+            endpoint,
+            active: Vec::new(),
+        }
+    }
+
+    /// Serves each queue of the set-up with the server that `make` gives for its index.
+    pub(crate) fn activate(
+        &mut self,
+        setup: &Setup,
+        io: &DeviceIo,
+        mut make: impl FnMut(usize) -> io::Result<Box<dyn ChainServer>>,
+    ) -> io::Result<()> {
+        let memory = Arc::new(arena_memory(io)?);
+        for (index, queue) in setup.queues.iter().enumerate() {
+            let event = io.event_base + u32::try_from(index).map_err(io::Error::other)?;
+            let missing = || io::Error::other("a queue has no eventfd");
+            let server = QueueServer {
+                ring: ring(queue, setup.features, &memory)?,
+                memory: Arc::clone(&memory),
+                kick: io.events.doorbell(event).ok_or_else(missing)?.try_clone()?,
+                call: io.events.call(event).ok_or_else(missing)?.try_clone()?,
+                server: make(index)?,
+                kept: None,
+            };
+            self.active.push(self.endpoint.add(Box::new(server))?);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn reset(&mut self) {
+        for id in self.active.drain(..) {
+            self.endpoint.remove(id);
+        }
+    }
+}
+
+fn arena_memory(io: &DeviceIo) -> io::Result<GuestMemoryMmap> {
+    let file = io
+        .arena
+        .region
+        .file_arc()
+        .ok_or_else(|| io::Error::other("arena has no file"))?;
+    let len = usize::try_from(io.arena.region.len()).map_err(io::Error::other)?;
+    let file = FileOffset::from_arc(file, 0);
+    GuestMemoryMmap::from_ranges_with_files([(GuestAddress(io.arena.gpa), len, Some(file))])
+        .map_err(io::Error::other)
+}
+
+fn ring(q: &QueueConfig, features: u64, memory: &Arc<GuestMemoryMmap>) -> io::Result<SplitRing> {
+    let config = RingConfig {
+        size: q.size,
+        desc: GuestAddress(q.desc),
+        avail: GuestAddress(q.avail),
+        used: GuestAddress(q.used),
+        event_idx: features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
+        indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+    };
+    SplitRing::new(config, Arc::clone(memory)).map_err(io::Error::other)
+}
+
+/// One active queue in the loop.
+struct QueueServer {
+    ring: SplitRing,
+    memory: Arc<GuestMemoryMmap>,
+    kick: EventFd,
+    call: EventFd,
+    server: Box<dyn ChainServer>,
+    /// A chain that the server could not carry out yet.
+    kept: Option<OwnedChain>,
+}
+
+impl QueueServer {
+    /// One bounded turn. `true`: there is more.
+    fn turn(&mut self) -> bool {
+        let mut done = Vec::new();
+        let mut more = true;
+        while done.len() < DEVICE_BATCH {
+            let chain = match self.kept.take() {
+                Some(chain) => chain,
+                None => match self.ring.pop() {
+                    Ok(Some(chain)) => chain,
+                    Ok(None) if self.ring.arm() => continue,
+                    Ok(None) => {
+                        more = false;
+                        break;
+                    }
+                    Err(reason) => {
+                        tracing::warn!(%reason, "queue retired until reset");
+                        more = false;
+                        break;
+                    }
+                },
+            };
+            match self.server.serve(&chain, &self.memory) {
+                Some(written) => done.push(Completion {
+                    head: chain.head(),
+                    written,
+                }),
+                None => {
+                    self.kept = Some(chain);
+                    more = false;
+                    break;
+                }
+            }
+        }
+        if !done.is_empty() {
+            self.ring.complete(&done);
+            if self.ring.should_signal() {
+                let _ = signal(&self.call);
+            }
+        }
+        more
+    }
+}
+
+impl MutEventSubscriber for QueueServer {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        let extra = self.server.extra().filter(|e| e.as_raw_fd() == events.fd());
+        // WouldBlock: the turn below looks at the ring in any case.
+        let _ = extra.unwrap_or(&self.kick).read();
+        if self.turn() {
+            // The batch is full: let the other queues have their turn first.
+            let _ = signal(&self.kick);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        for source in [Some(&self.kick), self.server.extra()]
+            .into_iter()
+            .flatten()
+        {
+            if let Err(error) = ops.add(Events::new(source, EventSet::IN)) {
+                tracing::error!(?error, "a queue cannot be watched");
+            }
+        }
+        // A kick from before the queue was watched may be missing.
+        let _ = signal(&self.kick);
+    }
+}

@@ -1,0 +1,332 @@
+//! Devices: the one transport core, and what can stand behind it.
+//!
+//! A [`Slot`] is one entry of the device table. It owns the state (absent, negotiated, active,
+//! needs-reset), freezes the queues at activation, and is the only place that writes the entry.
+//! What serves the queues is a [`Backend`]: in this process ([`console`], [`rng`]) or in another
+//! one ([`block`], over vhost-user).
+
+pub(crate) mod block;
+pub(crate) mod console;
+pub(crate) mod local;
+pub(crate) mod rng;
+mod setup;
+
+pub(crate) use setup::{QueueConfig, Setup};
+
+use crate::fault::PeerLost;
+use crate::memory::{Arena, GuestMemory};
+use crate::vm::events::{EventTable, signal};
+use pv_abi::device::{DeviceEntry, DeviceState};
+use pv_abi::layout::{DEVICE_TABLE_BASE, VMM_BASE};
+use pv_abi::limits::MAX_CONFIG;
+use pv_abi::status::Status;
+use std::io;
+use std::mem::offset_of;
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What a backend offers to the driver.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Offer {
+    /// Virtio feature bits.
+    pub(crate) features: u64,
+    /// Configuration space.
+    pub(crate) config: Vec<u8>,
+}
+
+/// What a backend gets for its queues.
+pub(crate) struct DeviceIo {
+    pub(crate) arena: Arena,
+    pub(crate) events: Arc<EventTable>,
+    pub(crate) event_base: u32,
+}
+
+/// What serves a device's queues.
+pub(crate) trait Backend: Send {
+    /// Starts serving the queues of this set-up.
+    fn activate(&mut self, setup: &Setup, io: &DeviceIo) -> io::Result<()>;
+    /// Stops; nothing touches the queues or their buffers once this has returned.
+    fn reset(&mut self);
+    /// Writes configuration space.
+    fn config_write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Status>;
+}
+
+/// What never changes about a device.
+#[derive(Clone, Debug)]
+pub(crate) struct DeviceInfo {
+    pub(crate) index: u32,
+    pub(crate) kind: u32,
+    pub(crate) name: String,
+    pub(crate) arena: u32,
+    pub(crate) event_base: u32,
+    pub(crate) queue_count: u16,
+    pub(crate) max_queue_size: u16,
+}
+
+struct SlotState {
+    state: DeviceState,
+    generation: u32,
+    offer: Offer,
+    config_vcpu: Option<u32>,
+    backend: Option<Box<dyn Backend>>,
+    waiting: Vec<(u32, u32)>,
+}
+
+/// One entry of the device table.
+pub(crate) struct Slot {
+    pub(crate) info: DeviceInfo,
+    pub(crate) io: DeviceIo,
+    memory: Arc<GuestMemory>,
+    state: Mutex<SlotState>,
+}
+
+/// A vCPU waits for an event from now on, or no longer.
+pub(crate) type WaitFor<'a> = &'a dyn Fn(u32, u32, bool) -> io::Result<()>;
+
+impl Slot {
+    pub(crate) fn new(info: DeviceInfo, io: DeviceIo, memory: Arc<GuestMemory>) -> Slot {
+        let state = SlotState {
+            state: DeviceState::Absent,
+            generation: 0,
+            offer: Offer::default(),
+            config_vcpu: None,
+            backend: None,
+            waiting: Vec::new(),
+        };
+        Slot {
+            info,
+            io,
+            memory,
+            state: Mutex::new(state),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, SlotState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn state(&self) -> DeviceState {
+        self.lock().state
+    }
+
+    /// A backend stands behind the device now. Tells the guest, unless it has a reset to do first.
+    pub(crate) fn backend_ready(&self, backend: Box<dyn Backend>, offer: Offer) -> io::Result<()> {
+        let mut state = self.lock();
+        state.backend = Some(backend);
+        state.offer = offer;
+        if state.state == DeviceState::Absent {
+            state.state = DeviceState::Negotiated;
+        }
+        self.publish(&state)?;
+        self.config_event(&state)
+    }
+
+    /// The backend is gone, and with it whatever it was doing.
+    pub(crate) fn backend_lost(&self, _lost: &PeerLost) -> io::Result<()> {
+        let mut state = self.lock();
+        state.backend = None;
+        match state.state {
+            DeviceState::Active => {
+                state.state = DeviceState::NeedsReset;
+                state.generation = state.generation.wrapping_add(1);
+            }
+            DeviceState::Negotiated => state.state = DeviceState::Absent,
+            DeviceState::NeedsReset | DeviceState::Absent => {}
+        }
+        self.publish(&state)?;
+        self.config_event(&state)
+    }
+
+    /// New configuration from the backend.
+    pub(crate) fn config_changed(&self, config: Vec<u8>) -> io::Result<()> {
+        let mut state = self.lock();
+        state.offer.config = config;
+        self.publish(&state)?;
+        self.config_event(&state)
+    }
+
+    /// `DEVICE_ACTIVATE`: freezes the queues and has them served.
+    pub(crate) fn activate(&self, setup: Setup, wait_for: WaitFor<'_>) -> Result<u32, Status> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        match state.state {
+            DeviceState::Negotiated => {}
+            DeviceState::Absent => return Err(Status::Again),
+            DeviceState::Active | DeviceState::NeedsReset => return Err(Status::BadState),
+        }
+        if setup.features & !state.offer.features != 0 {
+            return Err(Status::NotSupported);
+        }
+        for (vcpu, event) in std::mem::take(&mut state.waiting) {
+            wait_for(vcpu, event, false).map_err(|_| Status::HostError)?;
+        }
+        let config_event = self.info.event_base + u32::from(self.info.queue_count);
+        let events = (self.info.event_base..)
+            .zip(&setup.queues)
+            .map(|(e, q)| (q.vcpu, e));
+        let events: Vec<_> = events.chain([(setup.config_vcpu, config_event)]).collect();
+        for (vcpu, event) in &events {
+            if let Err(error) = wait_for(*vcpu, *event, true) {
+                tracing::warn!(device = self.info.index, %error, "cannot wait for a queue");
+                for (vcpu, event) in events.iter().take_while(|e| **e != (*vcpu, *event)) {
+                    let _ = wait_for(*vcpu, *event, false);
+                }
+                let full = error.kind() == io::ErrorKind::StorageFull;
+                return Err(if full {
+                    Status::Limit
+                } else {
+                    Status::HostError
+                });
+            }
+        }
+        state.waiting = events;
+        state.config_vcpu = Some(setup.config_vcpu);
+        let backend = state.backend.as_mut().ok_or(Status::Again)?;
+        if let Err(error) = backend.activate(&setup, &self.io) {
+            // A remote backend that fails here is about to be reported lost; the guest is told to
+            // wait for that event. The rings were never served, so nothing needs a reset.
+            tracing::warn!(device = self.info.index, %error, "activation failed");
+            state.backend = None;
+            state.state = DeviceState::Absent;
+            let _ = self.publish(&guard);
+            return Err(Status::Again);
+        }
+        state.state = DeviceState::Active;
+        state.generation = state.generation.wrapping_add(1);
+        let generation = state.generation;
+        self.publish(&guard).map_err(|_| Status::HostError)?;
+        Ok(generation)
+    }
+
+    /// `DEVICE_RESET`: nothing touches the queues once this has returned.
+    pub(crate) fn reset(&self) -> Result<DeviceState, Status> {
+        let mut state = self.lock();
+        if state.state == DeviceState::Active {
+            if let Some(backend) = state.backend.as_mut() {
+                backend.reset();
+            }
+            state.generation = state.generation.wrapping_add(1);
+        }
+        state.state = if state.backend.is_some() {
+            DeviceState::Negotiated
+        } else {
+            DeviceState::Absent
+        };
+        self.publish(&state).map_err(|_| Status::HostError)?;
+        Ok(state.state)
+    }
+
+    /// `DEVICE_CONFIG_WRITE`.
+    pub(crate) fn config_write(&self, offset: u64, width: u64, value: u64) -> Result<(), Status> {
+        let mut state = self.lock();
+        if !matches!(width, 1 | 2 | 4 | 8) {
+            return Err(Status::BadLength);
+        }
+        let len = u64::try_from(state.offer.config.len()).map_err(|_| Status::HostError)?;
+        if offset.checked_add(width).is_none_or(|end| end > len) {
+            return Err(Status::BadAddress);
+        }
+        if width < 8 && value >> (8 * width) != 0 {
+            return Err(Status::BadArgument);
+        }
+        let offset = u32::try_from(offset).map_err(|_| Status::BadAddress)?;
+        let bytes = value.to_le_bytes();
+        let bytes = bytes
+            .get(..usize::try_from(width).unwrap_or(0))
+            .unwrap_or(&[]);
+        state
+            .backend
+            .as_mut()
+            .ok_or(Status::Again)?
+            .config_write(offset, bytes)
+    }
+
+    /// Stops serving, for good.
+    pub(crate) fn shut_down(&self) {
+        let backend = self.lock().backend.take();
+        if let Some(mut backend) = backend {
+            backend.reset();
+        }
+    }
+
+    fn offset(&self) -> u64 {
+        let size = size_of::<DeviceEntry>() as u64;
+        DEVICE_TABLE_BASE - VMM_BASE + u64::from(self.info.index) * size
+    }
+
+    /// Writes the whole entry once, before the guest starts.
+    pub(crate) fn publish_initial(&self) -> io::Result<()> {
+        let state = self.lock();
+        let mut name = [0; 32];
+        for (to, from) in name.iter_mut().zip(self.info.name.bytes()) {
+            *to = from;
+        }
+        let mut config = [0; MAX_CONFIG];
+        for (to, from) in config.iter_mut().zip(&state.offer.config) {
+            *to = *from;
+        }
+        let entry = DeviceEntry {
+            kind: self.info.kind,
+            state: state.state.code(),
+            generation: state.generation,
+            event_base: self.info.event_base,
+            queue_count: self.info.queue_count,
+            max_queue_size: self.info.max_queue_size,
+            arena: self.info.arena,
+            features: state.offer.features,
+            arena_gpa: self.io.arena.gpa,
+            arena_len: self.io.arena.region.len(),
+            config_seq: 0,
+            config_len: config_len(&state.offer),
+            name,
+            reserved: [0; 32],
+            config,
+            padding: [0; 136],
+        };
+        self.memory.vmm.write(self.offset(), &entry)
+    }
+
+    /// Writes what may have changed: offer under the seqlock, then generation, then state.
+    fn publish(&self, state: &SlotState) -> io::Result<()> {
+        let at = self.offset();
+        let vmm = &self.memory.vmm;
+        let seq = vmm.word32(at + offset_of!(DeviceEntry, config_seq) as u64)?;
+        // Ordering: odd is visible before the fields change, and the fields before even (seqlock
+        // writer; the slot's lock makes it the only one).
+        let odd = seq.load(Ordering::Relaxed) | 1;
+        seq.store(odd, Ordering::Relaxed);
+        fence(Ordering::Release);
+        let mut config = [0; MAX_CONFIG];
+        for (to, from) in config.iter_mut().zip(&state.offer.config) {
+            *to = *from;
+        }
+        vmm.write(at + offset_of!(DeviceEntry, config) as u64, &config)?;
+        vmm.write(
+            at + offset_of!(DeviceEntry, features) as u64,
+            &state.offer.features,
+        )?;
+        let len = config_len(&state.offer);
+        vmm.write(at + offset_of!(DeviceEntry, config_len) as u64, &len)?;
+        fence(Ordering::Release);
+        seq.store(odd.wrapping_add(1), Ordering::Release);
+        let generation = vmm.word32(at + offset_of!(DeviceEntry, generation) as u64)?;
+        // Ordering: Release, generation before state: who sees the state sees its generation.
+        generation.store(state.generation, Ordering::Release);
+        let word = vmm.word32(at + offset_of!(DeviceEntry, state) as u64)?;
+        word.store(state.state.code(), Ordering::Release);
+        Ok(())
+    }
+
+    fn config_event(&self, state: &SlotState) -> io::Result<()> {
+        let event = self.info.event_base + u32::from(self.info.queue_count);
+        if state.config_vcpu.is_none() {
+            // Nobody has said who waits: whoever is idle on vCPU 0 looks again.
+            return self.io.events.wake(0).map_or(Ok(()), signal);
+        }
+        self.io.events.call(event).map_or(Ok(()), signal)
+    }
+}
+
+fn config_len(offer: &Offer) -> u32 {
+    u32::try_from(offer.config.len().min(MAX_CONFIG)).unwrap_or(0)
+}

@@ -1,0 +1,664 @@
+//! Building a VM: everything is checked, made and connected before anything runs.
+
+use super::calls::{Call, Registry, RegistryError};
+use super::clock::{self, Clock};
+use super::dispatch::CORE_NUMBERS;
+use super::events::EventTable;
+use super::handle::{VmError, VmHandle};
+use super::shared::{LogSink, Shared, SharedParts};
+use super::stats::Counters;
+use super::{LogLevel, VmEvent};
+use crate::accel::{Accel, AccelError, AccelInput, Reporter, Vcpu};
+use crate::device::block::link::EventSink;
+use crate::device::block::{BlockConfig, Link};
+use crate::device::console::{Console, Input, Output};
+use crate::device::local::{LocalEndpoint, LocalThread};
+use crate::device::rng::Rng;
+use crate::device::{Backend, DeviceInfo, DeviceIo, Offer, Slot, console, rng};
+use crate::image::Image;
+use crate::limits::{CLOCK_UPDATE, HOST_ARENA, HOST_QUEUE_SIZE, MAX_MEMORY, MIN_ARENA, MIN_MEMORY};
+use crate::memory::map::AddressMap;
+use crate::memory::{GuestMemory, MemoryKind, MemoryPlan};
+use pv_abi::boot::{BootBlock, MAGIC};
+use pv_abi::device::kind;
+use pv_abi::layout::{ARENA_STRIDE, BOOT_BLOCK_BASE, PAGE_SIZE, VMM_BASE, vcpu_page};
+use pv_abi::limits::{
+    MAX_ARENAS, MAX_CMDLINE, MAX_DEVICES, MAX_EVENTS, MAX_QUEUE_SIZE, MAX_QUEUES, MAX_VCPUS,
+};
+use pv_abi::vcpu::VcpuPage;
+use std::io::{self, Write};
+use std::mem::offset_of;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use zerocopy::FromZeros;
+
+/// Why a VM could not be built.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// A setting outside its range.
+    #[error("{what} is {value}; it must be {range}")]
+    OutOfRange {
+        /// The setting.
+        what: &'static str,
+        /// What was asked for.
+        value: u64,
+        /// What would be accepted.
+        range: String,
+    },
+    /// The image and the stacks do not fit.
+    #[error("{0}")]
+    MemoryTooSmall(String),
+    /// The image needs features that this configuration does not offer.
+    #[error("the guest needs features {missing:#x}, which this VM does not offer")]
+    Features {
+        /// The bits that are missing.
+        missing: u64,
+    },
+    /// More queues in all than there are events.
+    #[error("the devices need {needed} events, and a VM has {MAX_EVENTS}; use fewer queues")]
+    TooManyQueues {
+        /// How many.
+        needed: u32,
+    },
+    /// A call handler that cannot be registered.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The accel cannot be used.
+    #[error(transparent)]
+    Accel(#[from] AccelError),
+    /// A backend could not be started or reached.
+    #[error("device {name:?}: {source}")]
+    Backend {
+        /// The device.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A host call failed.
+    #[error("cannot make the VM: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// Collects what a VM shall be; [`VmBuilder::build`] makes it.
+pub struct VmBuilder {
+    image: Image,
+    accel: Option<Accel>,
+    vcpus: u32,
+    memory: u64,
+    memory_kind: MemoryKind,
+    huge_pages: bool,
+    prefault: bool,
+    cmdline: String,
+    console: Option<Output>,
+    rng: bool,
+    blocks: Vec<BlockConfig>,
+    registry: Registry,
+    registry_error: Option<RegistryError>,
+    log: Option<LogSink>,
+    events: Option<EventSink>,
+    boot_deadline: Option<Duration>,
+    self_reported_faults: bool,
+}
+
+impl std::fmt::Debug for VmBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmBuilder")
+            .field("accel", &self.accel)
+            .field("vcpus", &self.vcpus)
+            .field("memory", &self.memory)
+            .field("blocks", &self.blocks)
+            .finish_non_exhaustive()
+    }
+}
+
+impl VmBuilder {
+    /// A VM for this image: one vCPU, 64 MiB, no devices, [`Accel::auto`].
+    pub fn new(image: Image) -> VmBuilder {
+        VmBuilder {
+            image,
+            accel: None,
+            vcpus: 1,
+            memory: 64 << 20,
+            memory_kind: MemoryKind::default(),
+            huge_pages: true,
+            prefault: false,
+            cmdline: String::new(),
+            console: None,
+            rng: false,
+            blocks: Vec::new(),
+            registry: Registry::default(),
+            registry_error: None,
+            log: None,
+            events: None,
+            boot_deadline: None,
+            self_reported_faults: false,
+        }
+    }
+
+    /// The accel to run on.
+    pub fn accel(mut self, accel: Accel) -> VmBuilder {
+        self.accel = Some(accel);
+        self
+    }
+
+    /// vCPUs, 1 to 64. The guest starts all but the first.
+    pub fn vcpus(mut self, vcpus: u32) -> VmBuilder {
+        self.vcpus = vcpus;
+        self
+    }
+
+    /// Private RAM in bytes, 4 MiB or more, rounded up to 2 MiB.
+    pub fn memory(mut self, bytes: u64) -> VmBuilder {
+        self.memory = bytes;
+        self
+    }
+
+    /// Where private RAM comes from.
+    pub fn memory_kind(mut self, kind: MemoryKind) -> VmBuilder {
+        self.memory_kind = kind;
+        self
+    }
+
+    /// Whether huge pages are asked for; they are unless this says `false`.
+    pub fn huge_pages(mut self, ask: bool) -> VmBuilder {
+        self.huge_pages = ask;
+        self
+    }
+
+    /// Whether all of private RAM is made present while building.
+    pub fn prefault(mut self, prefault: bool) -> VmBuilder {
+        self.prefault = prefault;
+        self
+    }
+
+    /// The guest's command line, at most 2 KiB.
+    pub fn cmdline(mut self, cmdline: impl Into<String>) -> VmBuilder {
+        self.cmdline = cmdline.into();
+        self
+    }
+
+    /// A console device; its output goes to this writer.
+    pub fn console(mut self, output: impl Write + Send + 'static) -> VmBuilder {
+        self.console = Some(Arc::new(Mutex::new(output)));
+        self
+    }
+
+    /// A console device; its output goes to this callback, as it comes.
+    pub fn console_callback(self, output: impl FnMut(&[u8]) + Send + 'static) -> VmBuilder {
+        self.console(Callback(output))
+    }
+
+    /// An entropy device.
+    pub fn rng(mut self) -> VmBuilder {
+        self.rng = true;
+        self
+    }
+
+    /// A block device. May be given more than once; the guest sees them in this order.
+    pub fn block(mut self, config: BlockConfig) -> VmBuilder {
+        self.blocks.push(config);
+        self
+    }
+
+    /// A handler for a call of the embedder's own, 0 to 255.
+    ///
+    /// The handler runs on the vCPU's thread and may answer later ([`Call::finish`]).
+    pub fn call(mut self, index: u32, handler: impl Fn(Call) + Send + Sync + 'static) -> VmBuilder {
+        if let Err(error) = self.registry.add(index, Arc::new(handler)) {
+            self.registry_error.get_or_insert(error);
+        }
+        self
+    }
+
+    /// Where the guest's log lines go; without it they become `tracing` events.
+    pub fn log(mut self, sink: impl Fn(LogLevel, &str) + Send + Sync + 'static) -> VmBuilder {
+        self.log = Some(Box::new(sink));
+        self
+    }
+
+    /// Hears of backends that are lost and come back. Called on a library thread; do not block.
+    pub fn on_event(mut self, sink: impl Fn(VmEvent) + Send + Sync + 'static) -> VmBuilder {
+        self.events = Some(Arc::new(sink));
+        self
+    }
+
+    /// Ends the VM if the guest has not negotiated within this time of its start.
+    pub fn boot_deadline(mut self, deadline: Duration) -> VmBuilder {
+        self.boot_deadline = Some(deadline);
+        self
+    }
+
+    /// Process accel: take faults from the guest's own process even where ptrace works.
+    ///
+    /// Such reports are marked [`self_reported`](crate::GuestFault::self_reported). This is also
+    /// what happens where the host forbids ptrace.
+    pub fn self_reported_faults(mut self) -> VmBuilder {
+        self.self_reported_faults = true;
+        self
+    }
+
+    fn check(&mut self) -> Result<(), BuildError> {
+        let range = |what, value: u64, low: u64, high: u64| {
+            if (low..=high).contains(&value) {
+                Ok(())
+            } else {
+                Err(BuildError::OutOfRange {
+                    what,
+                    value,
+                    range: format!("{low} to {high}"),
+                })
+            }
+        };
+        range(
+            "the number of vCPUs",
+            self.vcpus.into(),
+            1,
+            MAX_VCPUS.into(),
+        )?;
+        range("the memory in bytes", self.memory, MIN_MEMORY, MAX_MEMORY)?;
+        self.memory = self
+            .memory
+            .next_multiple_of(pv_abi::layout::LARGE_PAGE_SIZE);
+        range(
+            "the length of the command line",
+            self.cmdline.len() as u64,
+            0,
+            MAX_CMDLINE as u64,
+        )?;
+        let devices =
+            self.blocks.len() + usize::from(self.rng) + usize::from(self.console.is_some());
+        range(
+            "the number of devices",
+            devices as u64,
+            0,
+            MAX_DEVICES.into(),
+        )?;
+        range(
+            "the number of arenas",
+            self.blocks.len() as u64 + 1,
+            0,
+            MAX_ARENAS.into(),
+        )?;
+        for block in &mut self.blocks {
+            range(
+                "the number of queues",
+                block.queues.into(),
+                1,
+                MAX_QUEUES.into(),
+            )?;
+            range(
+                "the queue size",
+                block.queue_size.into(),
+                2,
+                MAX_QUEUE_SIZE.into(),
+            )?;
+            if !block.queue_size.is_power_of_two() {
+                return Err(BuildError::OutOfRange {
+                    what: "the queue size",
+                    value: block.queue_size.into(),
+                    range: "a power of two".into(),
+                });
+            }
+            range("the arena in bytes", block.arena, 1, ARENA_STRIDE)?;
+            block.arena = block.arena.max(MIN_ARENA).next_multiple_of(MIN_ARENA);
+            range(
+                "the length of a device's name",
+                block.name.len() as u64,
+                0,
+                32,
+            )?;
+        }
+        self.registry_error.take().map_or(Ok(()), |e| Err(e.into()))
+    }
+
+    /// Makes the VM: memory, image, devices, backends, accel.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind then.
+    pub fn build(mut self) -> Result<Vm, BuildError> {
+        let _span = tracing::debug_span!("build").entered();
+        clock::prepare();
+        self.check()?;
+        let accel = self.accel.unwrap_or_else(Accel::auto);
+        let features = self.features();
+        let missing = self.image.note().needed_features & !features;
+        if missing != 0 {
+            return Err(BuildError::Features { missing });
+        }
+        let wants = self.wanted_devices();
+        let needed: u32 = wants.iter().map(|w| u32::from(w.queues) + 1).sum();
+        if needed > MAX_EVENTS {
+            return Err(BuildError::TooManyQueues { needed });
+        }
+        let local = wants.iter().any(|w| w.block.is_none());
+        let arenas: Vec<u64> = local
+            .then_some(HOST_ARENA)
+            .into_iter()
+            .chain(
+                wants
+                    .iter()
+                    .filter_map(|w| w.block.map(|b| self.blocks.get(b).map_or(0, |c| c.arena))),
+            )
+            .collect();
+        let map = AddressMap::new(&self.image, self.vcpus, self.memory, &arenas)
+            .map_err(|e| BuildError::MemoryTooSmall(e.to_string()))?;
+        let process = accel == Accel::Process;
+        let plan = MemoryPlan {
+            private: self.memory,
+            shared_private: process || self.memory_kind == MemoryKind::Forkable,
+            shared_vmm: process,
+            huge_pages: self.huge_pages,
+            prefault: self.prefault,
+            huge_from: map.heap,
+        };
+        let memory = Arc::new(GuestMemory::new(&plan, &arenas)?);
+        let map = Arc::new(map);
+        let queue_counts: Vec<u16> = wants.iter().map(|w| w.queues).collect();
+        let events = Arc::new(EventTable::new(&queue_counts, self.vcpus)?);
+        let devices = slots(&wants, &memory, &events, local)?;
+        let numbers = CORE_NUMBERS.into_iter().chain(self.registry.numbers());
+        let counters = Arc::new(Counters::new(numbers));
+        let shared = Arc::new(Shared::new(SharedParts {
+            memory: Arc::clone(&memory),
+            map: Arc::clone(&map),
+            events: Arc::clone(&events),
+            devices: devices.clone(),
+            registry: std::mem::take(&mut self.registry),
+            counters: Arc::clone(&counters),
+            clock: Clock::new(),
+            log: self.log.take().unwrap_or_else(|| Box::new(log_to_tracing)),
+            vcpus: self.vcpus,
+            exited: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        }));
+        // The accel first: a sandboxed process starts up while the rest is prepared.
+        let input = AccelInput {
+            vcpus: self.vcpus,
+            memory: Arc::clone(&memory),
+            map: Arc::clone(&map),
+            events,
+        };
+        let (accel_vm, vcpus) = match accel {
+            Accel::Kvm => crate::accel::kvm::create(input)?,
+            Accel::Process => {
+                let reporter: Arc<dyn Reporter> = Arc::clone(&shared) as _;
+                crate::accel::process::create(input, &reporter, self.self_reported_faults)?
+            }
+        };
+        let _ = shared.accel.set(accel_vm);
+        load(&self.image, &memory)?;
+        write_boot_block(
+            &memory,
+            &map,
+            accel,
+            self.vcpus,
+            features,
+            devices.len(),
+            &self.cmdline,
+        )?;
+        for vcpu in 0..self.vcpus {
+            write_vcpu_page(&memory, vcpu, self.vcpus)?;
+        }
+        shared.clock.publish(&memory, true)?;
+        let local = LocalThread::start(clock_updates(&shared))?;
+        let (entry, boot_deadline) = (self.image.entry(), self.boot_deadline);
+        let connected = self.connect(&wants, &devices, &counters, &local.endpoint())?;
+        for slot in &devices {
+            slot.publish_initial()?;
+        }
+        let (links, input) = connected;
+        Ok(Vm {
+            shared,
+            vcpus,
+            links,
+            local,
+            input,
+            accel,
+            entry,
+            boot_deadline,
+        })
+    }
+
+    fn features(&self) -> u64 {
+        pv_abi::feature::ALL
+    }
+
+    fn wanted_devices(&self) -> Vec<Wanted> {
+        let block = |(index, config): (usize, &BlockConfig)| Wanted {
+            kind: kind::BLOCK,
+            name: config.name.clone(),
+            queues: config.queues,
+            queue_size: config.queue_size,
+            block: Some(index),
+        };
+        let local = |kind, name: &str, queues| Wanted {
+            kind,
+            name: name.into(),
+            queues,
+            queue_size: HOST_QUEUE_SIZE,
+            block: None,
+        };
+        let mut wants: Vec<Wanted> = self.blocks.iter().enumerate().map(block).collect();
+        if self.console.is_some() {
+            wants.push(local(kind::CONSOLE, "console", console::QUEUES));
+        }
+        if self.rng {
+            wants.push(local(kind::RNG, "rng", rng::QUEUES));
+        }
+        wants
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn connect(
+        self,
+        wants: &[Wanted],
+        devices: &[Arc<Slot>],
+        counters: &Arc<Counters>,
+        endpoint: &LocalEndpoint,
+    ) -> Result<(Vec<Link>, Option<Arc<Input>>), BuildError> {
+        let mut links = Vec::new();
+        let mut input = None;
+        let sink: EventSink = self.events.unwrap_or_else(|| Arc::new(|_| ()));
+        let mut blocks = self.blocks.into_iter();
+        for (want, slot) in wants.iter().zip(devices) {
+            let (backend, offer): (Box<dyn Backend>, Offer) = match (want.kind, &self.console) {
+                (kind::BLOCK, _) => {
+                    let Some(config) = blocks.next() else {
+                        continue;
+                    };
+                    let (counters, sink) = (Arc::clone(counters), Arc::clone(&sink));
+                    let link = Link::start(config, Arc::clone(slot), counters, sink).map_err(
+                        |source| BuildError::Backend {
+                            name: want.name.clone(),
+                            source,
+                        },
+                    )?;
+                    links.push(link);
+                    continue;
+                }
+                (kind::CONSOLE, Some(output)) => {
+                    let bytes = Arc::new(Input::new()?);
+                    input = Some(Arc::clone(&bytes));
+                    let console = Console::new(endpoint.clone(), Arc::clone(output), bytes);
+                    (Box::new(console), console::offer())
+                }
+                _ => (Box::new(Rng::new(endpoint.clone())), rng::offer()),
+            };
+            slot.backend_ready(backend, offer)?;
+        }
+        Ok((links, input))
+    }
+}
+
+/// A device that the VM shall have.
+struct Wanted {
+    kind: u32,
+    name: String,
+    queues: u16,
+    queue_size: u16,
+    /// Index among the block configurations, for a device with an arena of its own.
+    block: Option<usize>,
+}
+
+fn slots(
+    wants: &[Wanted],
+    memory: &Arc<GuestMemory>,
+    events: &Arc<EventTable>,
+    local: bool,
+) -> io::Result<Vec<Arc<Slot>>> {
+    let mut event_base = 0;
+    let mut slots = Vec::new();
+    for (index, want) in (0u32..).zip(wants) {
+        // Arena 0 is the in-process devices', if there are any.
+        let arena = want.block.map_or(0, |b| b + usize::from(local));
+        let found = memory.arenas.get(arena).cloned();
+        let found = found.ok_or_else(|| io::Error::other("a device has no arena"))?;
+        let info = DeviceInfo {
+            index,
+            kind: want.kind,
+            name: want.name.clone(),
+            arena: u32::try_from(arena).map_err(io::Error::other)?,
+            event_base,
+            queue_count: want.queues,
+            max_queue_size: want.queue_size,
+        };
+        let io = DeviceIo {
+            arena: found,
+            events: Arc::clone(events),
+            event_base,
+        };
+        event_base += u32::from(want.queues) + 1;
+        slots.push(Arc::new(Slot::new(info, io, Arc::clone(memory))));
+    }
+    Ok(slots)
+}
+
+fn load(image: &Image, memory: &GuestMemory) -> io::Result<()> {
+    for segment in image.segments() {
+        let bytes = image.bytes().get(segment.file.clone()).unwrap_or_default();
+        let missing = || io::Error::other("a segment lies outside private RAM");
+        let (ram, offset) = memory
+            .private(segment.gpa, segment.len)
+            .ok_or_else(missing)?;
+        ram.write_bytes(offset + segment.lead, bytes)?;
+    }
+    Ok(())
+}
+
+fn write_boot_block(
+    memory: &GuestMemory,
+    map: &AddressMap,
+    accel: Accel,
+    vcpus: u32,
+    features: u64,
+    devices: usize,
+    cmdline: &str,
+) -> io::Result<()> {
+    let mut boot = BootBlock::new_zeroed();
+    boot.magic = MAGIC;
+    boot.abi_major = pv_abi::ABI_MAJOR;
+    boot.abi_minor = pv_abi::ABI_MINOR;
+    boot.size = u32::try_from(size_of::<BootBlock>()).map_err(io::Error::other)?;
+    boot.accel = accel.abi_code();
+    boot.vcpu_count = vcpus;
+    boot.features = features;
+    boot.baseline = pv_abi::baseline::X86_64_V2;
+    boot.device_count = u32::try_from(devices).map_err(io::Error::other)?;
+    boot.memory_map_count = u32::try_from(map.boot.len()).map_err(io::Error::other)?;
+    boot.cmdline_len = u32::try_from(cmdline.len()).map_err(io::Error::other)?;
+    for (to, from) in boot.memory_map.iter_mut().zip(&map.boot) {
+        *to = *from;
+    }
+    for (to, from) in boot.cmdline.iter_mut().zip(cmdline.bytes()) {
+        *to = from;
+    }
+    memory.vmm.write(BOOT_BLOCK_BASE - VMM_BASE, &boot)
+}
+
+fn write_vcpu_page(memory: &GuestMemory, vcpu: u32, count: u32) -> io::Result<()> {
+    let page = vcpu_page(vcpu);
+    let at = page - VMM_BASE;
+    memory
+        .vmm
+        .write(at + offset_of!(VcpuPage, self_gpa) as u64, &page)?;
+    memory
+        .vmm
+        .write(at + offset_of!(VcpuPage, index) as u64, &vcpu)?;
+    memory
+        .vmm
+        .write(at + offset_of!(VcpuPage, count) as u64, &count)
+}
+
+fn clock_updates(shared: &Arc<Shared>) -> (Duration, Box<dyn FnMut() + Send>) {
+    let shared = Arc::downgrade(shared);
+    let update = move || {
+        if let Some(shared) = shared.upgrade()
+            && let Err(error) = shared.clock.publish(&shared.memory, false)
+        {
+            tracing::warn!(%error, "the clock page cannot be updated");
+        }
+    };
+    (CLOCK_UPDATE, Box::new(update))
+}
+
+fn log_to_tracing(level: LogLevel, text: &str) {
+    match level {
+        LogLevel::Error => tracing::error!(target: "guest", "{text}"),
+        LogLevel::Warn => tracing::warn!(target: "guest", "{text}"),
+        LogLevel::Info => tracing::info!(target: "guest", "{text}"),
+        LogLevel::Debug => tracing::debug!(target: "guest", "{text}"),
+        LogLevel::Trace => tracing::trace!(target: "guest", "{text}"),
+    }
+}
+
+/// A callback as a writer.
+struct Callback<F>(F);
+
+impl<F: FnMut(&[u8])> Write for Callback<F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        (self.0)(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A VM that has been built and has not run.
+pub struct Vm {
+    pub(super) shared: Arc<Shared>,
+    pub(super) vcpus: Vec<Box<dyn Vcpu>>,
+    pub(super) links: Vec<Link>,
+    pub(super) local: LocalThread,
+    pub(super) input: Option<Arc<Input>>,
+    pub(super) accel: Accel,
+    pub(super) entry: u64,
+    pub(super) boot_deadline: Option<Duration>,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm")
+            .field("accel", &self.accel)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// The accel it will run on.
+    pub fn accel(&self) -> Accel {
+        self.accel
+    }
+
+    /// Starts the first vCPU.
+    ///
+    /// # Errors
+    /// [`VmError::Host`] when a thread cannot be started.
+    pub fn run(self) -> Result<VmHandle, VmError> {
+        VmHandle::start(self)
+    }
+}
+
+const _: () = assert!(PAGE_SIZE as usize == size_of::<VcpuPage>());

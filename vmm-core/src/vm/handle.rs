@@ -1,0 +1,327 @@
+//! A running VM, as its embedder holds it.
+
+use super::builder::Vm;
+use super::shared::Shared;
+use super::stats::Stats;
+use super::vcpu;
+use crate::accel::{Accel, Reporter, SandboxReport, StartState};
+use crate::device::block::Link;
+use crate::device::console::Input;
+use crate::device::local::LocalThread;
+use crate::fault::{ExitReason, Violation};
+use crate::limits::VCPU_KICK_TIMEOUT;
+use crate::memory::MemoryReport;
+use crate::vm::events::signal;
+use pv_abi::device::DeviceState;
+use pv_abi::layout::BOOT_BLOCK_BASE;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use vmm_sys_util::signal::Killable;
+
+/// What can go wrong with a running VM's controls.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmError {
+    /// The VM has ended already.
+    #[error("the VM has ended: {0}")]
+    Ended(ExitReason),
+    /// A vCPU did not leave the guest in time.
+    #[error("a vCPU did not leave the guest within {0:?}")]
+    Timeout(Duration),
+    /// No such device.
+    #[error("the VM has no {0}")]
+    NoDevice(&'static str),
+    /// A host call failed.
+    #[error("host: {0}")]
+    Host(#[from] io::Error),
+}
+
+/// A running VM. Dropping it stops the VM and waits until nothing of it is left.
+///
+/// All methods may be called from any thread. [`AsFd`] gives a descriptor that polls readable once
+/// the VM has ended.
+pub struct VmHandle {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    accel: Accel,
+    input: Option<Arc<Input>>,
+    pausing: Mutex<()>,
+    // Dropped in this order: backends are drained while the in-process loop still runs.
+    links: Vec<Link>,
+    _local: LocalThread,
+}
+
+impl std::fmt::Debug for VmHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmHandle")
+            .field("accel", &self.accel)
+            .field("exit", &self.shared.reason())
+            .finish_non_exhaustive()
+    }
+}
+
+impl VmHandle {
+    pub(super) fn start(vm: Vm) -> Result<VmHandle, VmError> {
+        let Vm {
+            shared,
+            vcpus,
+            links,
+            local,
+            input,
+            accel,
+            entry,
+            boot_deadline,
+        } = vm;
+        let handle = VmHandle {
+            shared,
+            threads: Mutex::default(),
+            accel,
+            input,
+            pausing: Mutex::default(),
+            links,
+            _local: local,
+        };
+        let shared = &handle.shared;
+        let stack = shared.map.stack_tops.first().copied().unwrap_or(0);
+        let state = StartState {
+            rip: entry,
+            rsp: stack.wrapping_sub(8),
+            rdi: BOOT_BLOCK_BASE,
+            rsi: 0,
+        };
+        shared.start_vcpu(0, state);
+        let signal = shared.accel.get().and_then(|a| a.kick_signal());
+        for (index, vcpu) in (0u32..).zip(vcpus) {
+            let own = Arc::clone(shared);
+            let spawned = std::thread::Builder::new()
+                .name(format!("pv-vcpu{index}"))
+                .spawn(move || {
+                    if let Some(signal) = signal
+                        && let Err(error) = vmm_sys_util::signal::block_signal(signal)
+                    {
+                        own.host_error(io::Error::other(format!("block the kick signal: {error}")));
+                    }
+                    vcpu::main(&own, index, vcpu);
+                });
+            match spawned {
+                Ok(thread) => handle.threads().push(thread),
+                Err(error) => {
+                    // The threads that are missing will never report themselves done.
+                    for missing in index..shared.vcpus {
+                        shared.thread_done(usize::try_from(missing).unwrap_or(usize::MAX));
+                    }
+                    return Err(error.into());
+                }
+            }
+        }
+        if let Some(deadline) = boot_deadline {
+            watch_boot(shared, deadline)?;
+        }
+        Ok(handle)
+    }
+
+    fn threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes every vCPU thread look at what is wanted of it.
+    fn kick(&self) {
+        if let Some(number) = self.shared.accel.get().and_then(|a| a.kick_signal()) {
+            for thread in self.threads().iter().filter(|t| !t.is_finished()) {
+                let _ = thread.kill(number - libc::SIGRTMIN());
+            }
+        }
+        for (_, wake) in self.shared.events.wakes() {
+            let _ = signal(wake);
+        }
+    }
+
+    /// The accel it runs on.
+    pub fn accel(&self) -> Accel {
+        self.accel
+    }
+
+    /// Halts all vCPUs; when this returns, none of them executes.
+    ///
+    /// # Errors
+    /// [`VmError::Ended`] if it has ended, [`VmError::Timeout`] if a vCPU does not react.
+    pub fn pause(&self) -> Result<(), VmError> {
+        let _one = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
+        let freeze = self.shared.accel.get().map_or(Ok(()), |a| a.freeze());
+        if let Some(reason) = self.shared.reason() {
+            return Err(VmError::Ended(reason));
+        }
+        freeze?;
+        // Where freezing is the accel's business, the vCPU threads serve calls only and halt at the
+        // next one.
+        if self
+            .shared
+            .accel
+            .get()
+            .is_some_and(|a| a.kick_signal().is_some())
+            && !self
+                .shared
+                .pause(&|| self.kick(), Instant::now() + VCPU_KICK_TIMEOUT)
+        {
+            self.shared.resume();
+            return Err(VmError::Timeout(VCPU_KICK_TIMEOUT));
+        }
+        self.shared
+            .reason()
+            .map_or(Ok(()), |reason| Err(VmError::Ended(reason)))
+    }
+
+    /// Lets the vCPUs go on.
+    ///
+    /// # Errors
+    /// [`VmError::Ended`] if it has ended.
+    pub fn resume(&self) -> Result<(), VmError> {
+        let _one = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reason) = self.shared.reason() {
+            return Err(VmError::Ended(reason));
+        }
+        self.shared.resume();
+        self.shared.accel.get().map_or(Ok(()), |a| a.thaw())?;
+        Ok(())
+    }
+
+    /// Ends the VM with [`ExitReason::Stopped`], unless it has ended already.
+    pub fn stop(&self) {
+        self.shared.finish(ExitReason::Stopped);
+        self.kick();
+    }
+
+    /// Waits until the VM has ended and no vCPU runs any more.
+    pub fn wait(&self) -> ExitReason {
+        self.shared.wait_done(&|| self.kick(), None);
+        self.shared.reason().unwrap_or(ExitReason::Stopped)
+    }
+
+    /// Waits at most so long; `None` if the VM still runs then.
+    pub fn wait_timeout(&self, limit: Duration) -> Option<ExitReason> {
+        let done = self
+            .shared
+            .wait_done(&|| self.kick(), Some(Instant::now() + limit));
+        if done { self.shared.reason() } else { None }
+    }
+
+    /// Why it has ended; `None` while it runs.
+    pub fn exit(&self) -> Option<ExitReason> {
+        self.shared.reason()
+    }
+
+    /// Exact counters.
+    pub fn stats(&self) -> Stats {
+        self.shared.stats()
+    }
+
+    /// What was asked for and achieved for private RAM.
+    pub fn memory_report(&self) -> MemoryReport {
+        self.shared.memory.report()
+    }
+
+    /// The layers that confine this guest.
+    pub fn sandbox_report(&self) -> SandboxReport {
+        self.shared
+            .accel
+            .get()
+            .map_or_else(SandboxReport::default, |a| a.sandbox_report())
+    }
+
+    /// Input for the guest's console; returns how many bytes there was room for.
+    ///
+    /// # Errors
+    /// [`VmError::NoDevice`] if the VM was built without a console.
+    pub fn console_input(&self, bytes: &[u8]) -> Result<usize, VmError> {
+        let input = self.input.as_ref().ok_or(VmError::NoDevice("console"))?;
+        Ok(input.push(bytes)?)
+    }
+
+    /// State of the device with this index, as the guest sees it; `None` if there is none.
+    pub fn device_state(&self, index: usize) -> Option<DeviceState> {
+        Some(self.shared.devices.get(index)?.state())
+    }
+
+    /// Process IDs of the supervised backends, in the order of the block devices; 0 for one that is
+    /// not supervised or not there now.
+    pub fn backend_pids(&self) -> Vec<u32> {
+        self.links.iter().map(Link::pid).collect()
+    }
+
+    /// Device and inode of each arena's file, in the order of the arenas.
+    pub fn arena_files(&self) -> Vec<(u64, u64)> {
+        use std::os::unix::fs::MetadataExt;
+        let arenas = self.shared.memory.arenas.iter();
+        arenas
+            .filter_map(|a| a.region.file()?.metadata().ok())
+            .map(|m| (m.dev(), m.ino()))
+            .collect()
+    }
+
+    /// Copies bytes out of private RAM; for debuggers and tests. The guest may be changing them.
+    ///
+    /// # Errors
+    /// [`VmError::Host`] if the range is not private RAM.
+    pub fn read_private(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), VmError> {
+        let outside = || io::Error::other("not in private RAM");
+        let found = self.shared.memory.private(gpa, buffer.len() as u64);
+        let (region, offset) = found.ok_or_else(outside)?;
+        Ok(region.read_bytes(offset, buffer)?)
+    }
+}
+
+impl AsFd for VmHandle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        use std::os::fd::AsRawFd;
+        // The eventfd lives as long as the handle does.
+        borrowed(self.shared.exited.as_raw_fd(), self)
+    }
+}
+
+impl Drop for VmHandle {
+    fn drop(&mut self) {
+        self.stop();
+        self.shared.wait_done(&|| self.kick(), None);
+        for thread in self.threads().drain(..) {
+            let _ = thread.join();
+        }
+        for slot in &self.shared.devices {
+            slot.shut_down();
+        }
+    }
+}
+
+/// Ends the VM if nothing has been negotiated by the deadline.
+fn watch_boot(shared: &Arc<Shared>, deadline: Duration) -> io::Result<()> {
+    let weak = Arc::downgrade(shared);
+    let until = Instant::now() + deadline;
+    std::thread::Builder::new()
+        .name("pv-boot".into())
+        .spawn(move || {
+            loop {
+                let left = until.saturating_duration_since(Instant::now());
+                std::thread::sleep(left.min(Duration::from_millis(50)));
+                let Some(shared) = weak.upgrade() else { return };
+                if shared.negotiated.load(Ordering::Acquire) || shared.reason().is_some() {
+                    return;
+                }
+                if left.is_zero() {
+                    let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
+                    shared.violation(Violation::NeverStarted { deadline_ms });
+                    return;
+                }
+            }
+        })?;
+    Ok(())
+}
+
+/// A descriptor borrowed for as long as its owner is.
+#[allow(unsafe_code)]
+fn borrowed<T>(fd: std::os::fd::RawFd, _owner: &T) -> BorrowedFd<'_> {
+    // SAFETY: the owner holds the eventfd open for the lifetime of the borrow.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}

@@ -1,0 +1,51 @@
+//! A vCPU's thread: runs the guest, carries out what it asks for, until the VM ends.
+
+use super::shared::Shared;
+use crate::accel::{Reporter, Vcpu, VcpuExit};
+use crate::fault::ExitReason;
+use std::sync::Arc;
+
+pub(super) fn main(shared: &Shared, index: u32, mut vcpu: Box<dyn Vcpu>) {
+    let slot = usize::try_from(index).unwrap_or(usize::MAX);
+    if let Some(state) = shared.wait_for_start(slot) {
+        let span = tracing::debug_span!("vcpu", index);
+        let _entered = span.enter();
+        match vcpu.start(&state) {
+            Ok(()) => run(shared, index, slot, vcpu.as_mut()),
+            Err(error) => shared.host_error(error),
+        }
+    }
+    shared.thread_done(slot);
+}
+
+fn run(shared: &Shared, index: u32, slot: usize, vcpu: &mut dyn Vcpu) {
+    let counters = &shared.counters;
+    while shared.may_run(slot) {
+        let exit = match vcpu.run() {
+            Ok(exit) => exit,
+            Err(error) => {
+                shared.finish(ExitReason::Host(Arc::new(error)));
+                return;
+            }
+        };
+        match exit {
+            VcpuExit::Call(frame) => {
+                counters.exits_call.add(1);
+                shared.call(index, frame);
+            }
+            VcpuExit::Idle => counters.exits_idle.add(1),
+            VcpuExit::Doorbell(doorbell) => {
+                counters.exits_doorbell.add(1);
+                shared.doorbell(doorbell);
+            }
+            VcpuExit::Exit(code) => {
+                counters.exits_other.add(1);
+                shared.finish(ExitReason::Exited(code));
+            }
+            VcpuExit::Fault(fault) => shared.fault(fault),
+            VcpuExit::Violation(violation) => shared.violation(violation),
+            VcpuExit::Interrupted => counters.exits_interrupted.add(1),
+            VcpuExit::Gone => return,
+        }
+    }
+}
