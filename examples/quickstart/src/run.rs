@@ -1,0 +1,156 @@
+//! The guest's run: a VM with one disk, served by another process.
+
+use crate::cli::Accel as Choice;
+use anyhow::{Context, Result, bail};
+use quickstart_fs::manifest::{REPORT_CALL, Report as GuestReport, STARTED_CALL};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use vmm_core::{Accel, BlockConfig, ExitReason, Image, LogLevel, VmBuilder, VmHandle};
+
+/// The name under which this program, started again, is the block backend.
+pub const BACKEND: &str = "pv-blkd";
+
+/// How long the guest may take to its first call.
+const BOOT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What to run.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestRun<'a> {
+    /// The guest.
+    pub elf: &'a [u8],
+    /// Its disk.
+    pub disk: &'a Path,
+    /// What runs it.
+    pub accel: Choice,
+    /// Its virtual CPUs.
+    pub vcpus: u32,
+    /// Bytes of its memory.
+    pub memory: u64,
+    /// How long it may take.
+    pub timeout: Duration,
+}
+
+/// How it went.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// What ran it.
+    pub accel: String,
+    /// From building the VM to the guest's first call.
+    pub boot: Duration,
+    /// What the guest reported.
+    pub report: GuestReport,
+    /// Exits to the VMM in user space.
+    pub exits: u64,
+    /// Doorbells rung.
+    pub kicks: u64,
+}
+
+/// What the guest has said so far.
+#[derive(Debug, Default)]
+struct Heard {
+    started: Option<Instant>,
+    report: Option<GuestReport>,
+    complaint: Option<String>,
+}
+
+type Shared = Arc<Mutex<Heard>>;
+
+/// Runs the guest to its end.
+///
+/// # Errors
+///
+/// When the VM cannot be built, and when the guest ends in any way but well.
+pub fn run_guest(run: &GuestRun<'_>) -> Result<Outcome> {
+    let heard = Shared::default();
+    let start = Instant::now();
+    let image = Image::from_bytes(run.elf).context("the guest is refused")?;
+    let vm = builder(run, image, &heard)?
+        .build()
+        .context("cannot build the VM")?;
+    let accel = vm.accel();
+    let handle = vm.run().context("cannot start the VM")?;
+    wait(&handle, run.timeout, &heard)?;
+    let stats = handle.stats();
+    drop(handle);
+    let heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+    let (Some(started), Some(report)) = (heard.started, heard.report) else {
+        bail!("the guest ended without a report: is it a quickstart guest?");
+    };
+    Ok(Outcome {
+        accel: match run.accel {
+            Choice::Auto => format!("{accel} (picked by itself)"),
+            _ => accel.to_string(),
+        },
+        boot: started.duration_since(start),
+        report,
+        exits: stats.exits.total(),
+        kicks: stats.kicks,
+    })
+}
+
+fn builder(run: &GuestRun<'_>, image: Image, heard: &Shared) -> Result<VmBuilder> {
+    // The backend is started by path from wherever the VMM likes.
+    let disk = run
+        .disk
+        .canonicalize()
+        .with_context(|| format!("cannot find {}", run.disk.display()))?;
+    let backend = BlockConfig::spawn(move || {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0(BACKEND).arg("--blk-file").arg(&disk);
+        command
+    });
+    let (started, reported, logged) = (heard.clone(), heard.clone(), heard.clone());
+    let builder = VmBuilder::new(image)
+        .vcpus(run.vcpus)
+        .memory(run.memory)
+        .block(backend.name("disk"))
+        .boot_deadline(BOOT_DEADLINE)
+        .call(STARTED_CALL, move |call| {
+            lock(&started).started.get_or_insert_with(Instant::now);
+            call.finish(Ok(0));
+        })
+        .call(REPORT_CALL, move |call| {
+            lock(&reported).report = Some(GuestReport::from_args(call.args()));
+            call.finish(Ok(0));
+        })
+        .log(move |level, line| {
+            // The guest may be anybody's: nothing it says reaches the terminal unescaped.
+            let line = line.trim_end().escape_debug().to_string();
+            eprintln!("guest: {line}");
+            if level == LogLevel::Error {
+                lock(&logged).complaint = Some(line);
+            }
+        });
+    Ok(match run.accel {
+        Choice::Auto => builder,
+        Choice::Kvm => builder.accel(Accel::Kvm),
+        Choice::Process => builder.accel(Accel::Process),
+    })
+}
+
+fn lock(heard: &Shared) -> std::sync::MutexGuard<'_, Heard> {
+    heard.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn wait(handle: &VmHandle, timeout: Duration, heard: &Shared) -> Result<()> {
+    let reason = match handle.wait_timeout(timeout) {
+        Some(reason) => reason,
+        None => {
+            handle.stop();
+            bail!(
+                "the guest was stopped after {} s: give it more with --timeout",
+                timeout.as_secs()
+            );
+        }
+    };
+    match reason {
+        ExitReason::Exited(0) => Ok(()),
+        reason => match lock(heard).complaint.take() {
+            Some(complaint) => bail!("the guest {reason}: {complaint}"),
+            None => bail!("the guest did not end well: {reason}"),
+        },
+    }
+}
