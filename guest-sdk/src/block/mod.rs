@@ -15,6 +15,8 @@ mod error;
 mod future;
 mod queue;
 mod request;
+#[cfg(test)]
+mod tests;
 
 pub use config::Geometry;
 pub use error::{Error, SubmitError};

@@ -183,6 +183,26 @@ impl<R: Submission> Channel<R> {
         Ok(popped?.map(|used| (used.data, used.written)))
     }
 
+    /// Waits for the next completion; `None` if nothing is held that could complete.
+    pub(crate) fn next<P: Platform>(&self, core: &Core<P>) -> Result<Option<(R, u32)>, Failed> {
+        if let Some(done) = self.poll(core)? {
+            return Ok(Some(done));
+        }
+        let mut waiter = self.waiter(core);
+        loop {
+            waiter.clear();
+            if let Some(done) = self.poll(core)? {
+                return Ok(Some(done));
+            }
+            if self.held() == 0 {
+                return Ok(None);
+            }
+            if self.arm(1) {
+                waiter.idle(self.idle_limit(core, None));
+            }
+        }
+    }
+
     /// Takes a request out of a device that is gone for good.
     pub(crate) fn take_lost(&self) -> Option<R> {
         let mut state = self.state.lock();

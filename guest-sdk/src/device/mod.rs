@@ -27,11 +27,14 @@
 //! A request is thus given to as many generations as it takes, and completes once: a completion
 //! takes it out of the ring's books, and only what is in the books is given again.
 
+mod buffer;
 mod channel;
 mod core_state;
 
 use crate::limits::MAX_SEGMENTS;
 use crate::virtqueue::Segment;
+pub(crate) use buffer::Buffer;
+pub use buffer::Error;
 pub(crate) use channel::{Channel, Failed, Ring, Submission};
 pub use core_state::OpenError;
 pub(crate) use core_state::{Core, Step};

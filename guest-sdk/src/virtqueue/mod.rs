@@ -17,6 +17,11 @@
 mod memory;
 mod queue;
 
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod tests;
+
 pub use memory::RingMemory;
 pub use queue::{AddError, DriverQueue, Refused, Used};
 

@@ -1,0 +1,219 @@
+//! The console (virtio 1.3 §5.3): one queue in, one queue out, bytes without structure.
+
+use crate::device::{Buffer, Channel, Core, Error, OpenError, Ring};
+use crate::limits::{CONSOLE_BUFFER, CONSOLE_BUFFERS};
+use crate::platform::{DmaBuf, Platform};
+use alloc::sync::Arc;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::fmt;
+use core::task::Poll;
+use pv_abi::device::kind;
+use pv_abi::virtio::feature;
+
+#[cfg(test)]
+mod tests;
+
+/// Indices of the queues.
+const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+
+/// A console. Belongs to the vCPU that opened it.
+pub struct Console<P: Platform> {
+    core: Core<P>,
+    receive: Arc<Channel<Buffer>>,
+    transmit: Arc<Channel<Buffer>>,
+    /// Transmit buffers that the device does not have.
+    idle: Vec<DmaBuf>,
+    /// Input that was received and not yet read: the buffer, its bytes, and how many were read.
+    input: Option<(DmaBuf, usize, usize)>,
+}
+
+impl<P: Platform> Console<P> {
+    /// Opens a console: the one of this name, or the first.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn open(platform: &'static P, name: Option<&str>) -> Result<Self, OpenError> {
+        let (info, arena) = Core::find(platform, kind::CONSOLE, name)?;
+        let vcpu = platform.vcpu_index();
+        let size = CONSOLE_BUFFERS.min(info.max_queue_size);
+        let channel = |index| Channel::new(&info, index, arena, size, vcpu, 0).map(Arc::new);
+        let (receive, transmit) = (channel(RECEIVE)?, channel(TRANSMIT)?);
+        let buffers = |_| arena.alloc(CONSOLE_BUFFER);
+        let idle = (0..size).map(buffers).collect::<Result<_, _>>()?;
+        for index in 0..size {
+            let buf = buffers(index)?;
+            // The ring has as many entries as there are buffers.
+            let _full = receive.submit(input_buffer(buf)).is_err();
+        }
+        let rings = vec![
+            Arc::clone(&receive) as Arc<dyn Ring>,
+            Arc::clone(&transmit) as Arc<dyn Ring>,
+        ];
+        let known = feature::VERSION_1 | feature::EVENT_IDX;
+        let core = Core::bring_up(platform, info, known, feature::VERSION_1, rings)?;
+        Ok(Console {
+            core,
+            receive,
+            transmit,
+            idle,
+            input: None,
+        })
+    }
+
+    /// The event that says that there is input.
+    pub fn event(&self) -> u32 {
+        self.receive.event()
+    }
+
+    /// Writes all of `data`; waits only for room.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; some of `data` may have been written then.
+    pub fn write(&mut self, data: &[u8]) -> Result<(), Error> {
+        for piece in data.chunks(CONSOLE_BUFFER) {
+            let mut buf = self.transmit_buffer()?;
+            buf.write(0, piece);
+            let buffer = Buffer {
+                buf,
+                len: piece.len(),
+                writable: false,
+            };
+            if let Err((refused, broken)) = self.transmit.submit(buffer) {
+                self.idle.push(refused.buf);
+                return Err(broken.map_or(Error::Empty, Error::Broken));
+            }
+        }
+        self.transmit.kick(&self.core);
+        Ok(())
+    }
+
+    /// Waits until the device has taken everything that was written.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn flush(&mut self) -> Result<(), Error> {
+        while let Some((buffer, _)) = self.transmit.next(&self.core)? {
+            self.idle.push(buffer.buf);
+        }
+        Ok(())
+    }
+
+    /// Reads what has arrived, and never waits; 0 if nothing has.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn try_read(&mut self, out: &mut [u8]) -> Result<usize, Error> {
+        if self.input.is_none()
+            && let Some((buffer, written)) = self.receive.poll(&self.core)?
+        {
+            self.receive(buffer, written);
+        }
+        Ok(self.take_input(out))
+    }
+
+    /// Reads at least one byte; waits for it. 0 only if `out` is empty.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub fn read(&mut self, out: &mut [u8]) -> Result<usize, Error> {
+        if out.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            let read = self.try_read(out)?;
+            if read != 0 {
+                return Ok(read);
+            }
+            if let Some((buffer, written)) = self.receive.next(&self.core)? {
+                self.receive(buffer, written);
+            }
+        }
+    }
+
+    /// [`read`](Self::read) as a future, for executors that poll again at this console's event, as
+    /// [`flat::block_on`](crate::flat::block_on) does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn read_async(&mut self, out: &mut [u8]) -> Result<usize, Error> {
+        core::future::poll_fn(|_| {
+            loop {
+                match self.try_read(out) {
+                    Ok(0) if !out.is_empty() => {}
+                    outcome => return Poll::Ready(outcome),
+                }
+                if self.receive.arm(1) {
+                    return Poll::Pending;
+                }
+            }
+        })
+        .await
+    }
+
+    fn transmit_buffer(&mut self) -> Result<DmaBuf, Error> {
+        loop {
+            if let Some((buffer, _)) = self.transmit.poll(&self.core)? {
+                return Ok(buffer.buf);
+            }
+            if let Some(buf) = self.idle.pop() {
+                return Ok(buf);
+            }
+            if let Some((buffer, _)) = self.transmit.next(&self.core)? {
+                return Ok(buffer.buf);
+            }
+        }
+    }
+
+    fn receive(&mut self, buffer: Buffer, written: u32) {
+        self.input = Some((buffer.buf, (written as usize).min(CONSOLE_BUFFER), 0));
+        if written == 0 {
+            self.take_input(&mut []);
+        }
+    }
+
+    /// Takes from the input buffer; one that is empty goes back to the device.
+    fn take_input(&mut self, out: &mut [u8]) -> usize {
+        let Some((buf, len, read)) = &mut self.input else {
+            return 0;
+        };
+        let take = out.len().min(*len - *read);
+        buf.read(*read, &mut out[..take]);
+        *read += take;
+        if *read == *len
+            && let Some((buf, ..)) = self.input.take()
+        {
+            // One buffer came out, so there is room for one; a broken queue shows at the next poll.
+            let _broken = self.receive.submit(input_buffer(buf)).is_err();
+            self.receive.kick(&self.core);
+        }
+        take
+    }
+}
+
+impl<P: Platform> fmt::Write for Console<P> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.write(text.as_bytes()).map_err(|_| fmt::Error)
+    }
+}
+
+impl<P: Platform> fmt::Debug for Console<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Console").finish_non_exhaustive()
+    }
+}
+
+fn input_buffer(buf: DmaBuf) -> Buffer {
+    Buffer {
+        len: buf.len(),
+        buf,
+        writable: true,
+    }
+}
