@@ -2,8 +2,9 @@
 //!
 //! A future looks at the ring each time it is polled, and asks for an event before it says that it is
 //! pending. So an executor needs no interrupt: it polls again when [`AsyncBlock::process`] has called
-//! the waker, or when the queue's event ended the vCPU's idle, as
-//! [`flat::block_on`](crate::flat::block_on) does.
+//! the waker, or when the queue's event ended the vCPU's idle, as `flat::block_on` does. It must not
+//! idle for longer than [`LOSS_POLL`](crate::limits::LOSS_POLL) on a vCPU that does not get the
+//! device's configuration event, or a loss may go unnoticed there.
 
 use super::{BlockQueue, Completion, Error, Request, Token};
 use crate::platform::{DmaBuf, OutOfArena, Platform};
@@ -170,7 +171,10 @@ impl<P: Platform> Future for Pending<'_, P> {
                 }
                 Err(refused) if refused.error == Error::QueueFull => {
                     this.stage = Stage::New(refused.request);
-                    inner.full.push(context.waker().clone());
+                    let waker = context.waker();
+                    if !inner.full.iter().any(|other| other.will_wake(waker)) {
+                        inner.full.push(waker.clone());
+                    }
                 }
                 Err(refused) => return Poll::Ready(Err(refused.error)),
             },

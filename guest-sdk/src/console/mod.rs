@@ -138,7 +138,7 @@ impl<P: Platform> Console<P> {
     }
 
     /// [`read`](Self::read) as a future, for executors that poll again at this console's event, as
-    /// [`flat::block_on`](crate::flat::block_on) does.
+    /// `flat::block_on` does.
     ///
     /// # Errors
     ///

@@ -1,6 +1,6 @@
 //! What all drivers share: bringing a device up, and bringing it back.
 //!
-//! A driver consists of one [`Core`] per device and one [`Channel`] per queue. The core speaks with
+//! A driver consists of one `Core` per device and one `Channel` per queue. The core speaks with
 //! the host about the device's state; a channel is a ring with the requests that it holds.
 //!
 //! # Loss
@@ -10,7 +10,7 @@
 //! killed backend, a restored checkpoint and a forked VM:
 //!
 //! 1. Every operation on a channel compares the table with the generation that the channel is
-//!    attached to, under the channel's lock. Who finds a difference calls [`Core::step`].
+//!    attached to, under the channel's lock. Who finds a difference calls `Core::step`.
 //! 2. `step` is a state machine that any vCPU may push; its lock is only ever tried, so nobody spins
 //!    while somebody else waits for the host. It first **detaches** every channel, each under its
 //!    lock: from then on no vCPU touches any of the rings, whatever it was about to do.

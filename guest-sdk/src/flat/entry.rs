@@ -68,11 +68,10 @@ impl<T: Termination, E: Debug> Termination for Result<T, E> {
 /// [`pv_abi::feature`] bits without which the host refuses the image, `stack` the bytes of stack for
 /// each vCPU.
 ///
-/// ```ignore
-/// guest_sdk::entry!(main);
-/// guest_sdk::entry!(main, needs = guest_sdk::abi::feature::SMP, stack = 1 << 20);
+/// ```no_run,standalone_crate
+/// guest_sdk::entry!(start, needs = guest_sdk::abi::feature::SMP, stack = 1 << 20);
 ///
-/// fn main(boot: &guest_sdk::flat::Boot) {
+/// fn start(boot: &guest_sdk::flat::Boot) {
 ///     log::info!("hello from {}", boot.accel());
 /// }
 /// ```

@@ -1,6 +1,7 @@
 //! Running a future where there is nothing but `idle`.
 
 use super::platform::platform;
+use crate::limits::LOSS_POLL;
 use crate::platform::Platform;
 use alloc::sync::Arc;
 use alloc::task::Wake;
@@ -14,7 +15,9 @@ use pv_abi::vcpu::EVENT_WORDS;
 ///
 /// Every event of this vCPU makes the future look again, so drivers need no interrupt glue: the
 /// futures of this crate look at their rings each time they are polled. A waker that is called on
-/// another vCPU wakes this one.
+/// another vCPU wakes this one. The idle is never longer than
+/// [`LOSS_POLL`](crate::limits::LOSS_POLL), so that a future whose device was lost notices it on
+/// whichever vCPU it runs.
 pub fn block_on<F: Future>(future: F) -> F::Output {
     let platform = platform();
     let mut future = pin!(future);
@@ -35,7 +38,7 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
         }
         // Ordering: Acquire, as above. A wake after this look rings the doorbell, which ends the idle.
         if !signal.woken.load(Ordering::Acquire) {
-            platform.idle(None);
+            platform.idle(Some(LOSS_POLL));
         }
     }
 }
