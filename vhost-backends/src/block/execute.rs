@@ -1,5 +1,6 @@
 //! One queue's worker: a thread, a ring, an engine, one loop.
 
+use super::poll::AdaptivePoll;
 use super::request::{HEADER_LEN, Request};
 use super::{Counters, Disk};
 use crate::engine::{Engine, Finished, Operation, Token, WakeSources, open_engine};
@@ -12,6 +13,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
+use std::time::Instant;
 use vm_memory::GuestMemoryMmap;
 
 /// Starts a worker and waits until it serves.
@@ -101,6 +103,7 @@ struct Worker {
     done: Vec<Completion>,
     finished: Vec<Finished>,
     retired: bool,
+    poll: AdaptivePoll,
 }
 
 impl Worker {
@@ -128,6 +131,7 @@ impl Worker {
             done: Vec::with_capacity(MAX_BATCH),
             finished: Vec::with_capacity(MAX_IN_FLIGHT),
             retired: false,
+            poll: AdaptivePoll::default(),
         }
     }
 
@@ -162,11 +166,13 @@ impl Worker {
                 continue;
             }
             let may_take = !self.free.is_empty();
-            if may_take && self.ring.arm() {
+            if self.poll_briefly(may_take)? || (may_take && self.ring.arm()) {
                 continue;
             }
             Counters::add(&self.disk.counters.wakes, 1);
+            let asleep = Instant::now();
             let wake = self.engine.wait(&mut self.finished)?;
+            self.poll.slept(asleep.elapsed());
             self.publish();
             if wake.stop {
                 break;
@@ -177,6 +183,30 @@ impl Worker {
             self.publish();
         }
         Ok(())
+    }
+
+    /// Looks for work for as long as recent sleeps suggest. Whether there is some.
+    fn poll_briefly(&mut self, may_take: bool) -> io::Result<bool> {
+        let budget = self.poll.budget();
+        if budget.is_zero() {
+            return Ok(false);
+        }
+        if self.engine.in_flight() > 0 {
+            self.engine.submit()?;
+        }
+        let start = Instant::now();
+        loop {
+            if may_take && self.ring.has_more() {
+                return Ok(true);
+            }
+            if self.engine.has_finished() {
+                return Ok(true);
+            }
+            if start.elapsed() >= budget {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
     }
 
     /// Takes up to a batch of chains and begins them. How many there were.

@@ -6,6 +6,7 @@
 
 mod config;
 mod execute;
+mod poll;
 mod request;
 #[cfg(test)]
 mod tests;

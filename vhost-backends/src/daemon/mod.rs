@@ -54,7 +54,7 @@ struct Cli {
 }
 
 #[derive(Args, Debug)]
-#[group(required = true, multiple = false)]
+#[group(multiple = false)]
 struct SocketArgs {
     /// Make and listen on this socket.
     #[arg(long, value_name = "PATH")]
@@ -95,7 +95,12 @@ fn capabilities() -> serde_json::Value {
 }
 
 fn run(cli: Cli) -> Result<(), String> {
-    let path = cli.blk_file.ok_or("--blk-file is needed")?;
+    let path = cli
+        .blk_file
+        .ok_or("--blk-file is needed: which disk image to serve")?;
+    if cli.socket.socket_path.is_none() && cli.socket.fd.is_none() {
+        return Err("either --socket-path or --fd is needed".into());
+    }
     let options = FileOptions {
         read_only: cli.read_only,
         direct: cli.direct,

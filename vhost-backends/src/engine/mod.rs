@@ -105,6 +105,9 @@ pub trait Engine {
     /// stop event is set. Takes what is over.
     fn wait(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake>;
 
+    /// Whether a [`reap`](Engine::reap) would find something; makes no system call.
+    fn has_finished(&mut self) -> bool;
+
     /// Operations in flight.
     fn in_flight(&self) -> usize;
 }

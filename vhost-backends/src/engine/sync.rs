@@ -84,6 +84,10 @@ impl Engine for SyncEngine {
         self.sleep(-1)
     }
 
+    fn has_finished(&mut self) -> bool {
+        false
+    }
+
     fn in_flight(&self) -> usize {
         0
     }

@@ -270,6 +270,10 @@ impl Engine for UringEngine {
         self.reap(finished)
     }
 
+    fn has_finished(&mut self) -> bool {
+        self.ring.submission().taskrun() || !self.ring.completion().is_empty()
+    }
+
     fn in_flight(&self) -> usize {
         self.in_flight
     }

@@ -176,6 +176,10 @@ pub trait DeviceRing {
     /// before sleeping. Always `false` once the ring is retired.
     fn arm(&mut self) -> bool;
 
+    /// Whether the driver has made more available, without asking for kicks and without taking
+    /// anything: for a device that polls for a moment before it sleeps.
+    fn has_more(&self) -> bool;
+
     /// Whether the driver wants to be called for what was completed since this was last asked.
     fn should_signal(&mut self) -> bool;
 

@@ -404,6 +404,15 @@ impl DeviceRing for SplitRing {
         }
     }
 
+    fn has_more(&self) -> bool {
+        // Ordering: Relaxed, `pop` acquires before it believes anything.
+        self.retired.is_none()
+            && self
+                .queue
+                .avail_idx(&*self.mem, Ordering::Relaxed)
+                .is_ok_and(|index| index.0 != self.queue.next_avail())
+    }
+
     fn should_signal(&mut self) -> bool {
         match self.wants_signal() {
             Ok(wanted) => wanted,

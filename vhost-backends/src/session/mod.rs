@@ -27,9 +27,6 @@ mod socket;
 mod vring;
 mod wire;
 
-#[cfg(test)]
-mod tests;
-
 pub use device::{ConfigRefused, Device, Notifier, QueueSetup, QueueStop, QueueWorker};
 pub use memory::MemoryError;
 pub use request::Refusal;

@@ -75,6 +75,7 @@ impl Frontend {
             assert!(Instant::now() < deadline, "no socket");
             std::thread::sleep(Duration::from_millis(2));
         }
+        let watchdog = watchdog();
         let vhost = VhostUser::new(socket.to_str().unwrap(), features).unwrap();
         let mut transport = Box::new(vhost) as Box<VirtioBlkTransport>;
         let queues = VirtioBlkQueue::setup_queues(&mut *transport, queues, size).unwrap();
@@ -85,6 +86,7 @@ impl Frontend {
         transport
             .map_mem_region(buffers.as_ptr() as usize, bytes, fd, 0)
             .unwrap();
+        drop(watchdog);
         Frontend {
             queues,
             transport,
@@ -188,4 +190,16 @@ pub(crate) fn settled_fds() -> usize {
         last = now;
     }
     last
+}
+
+/// The frontend's own waits have no limit: ends the process if this is not dropped in time.
+fn watchdog() -> std::sync::mpsc::Sender<()> {
+    let (alive, watch) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        if watch.recv_timeout(TIMEOUT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("the handshake did not end");
+            std::process::abort();
+        }
+    });
+    alive
 }

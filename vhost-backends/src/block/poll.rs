@@ -1,0 +1,53 @@
+//! How long to look for work before sleeping.
+//!
+//! A sleep and a wake cost more than a request that the page cache answers. When sleeps turn out
+//! short, looking for as long first saves them, and the kicks with them; when they turn out long,
+//! looking is waste. An idle queue stops looking after one try, so idle costs nothing.
+
+use std::time::Duration;
+
+/// Longest look: about what a sleep and a wake of both sides cost.
+const MOST: Duration = Duration::from_micros(50);
+/// First look after a short sleep.
+const LEAST: Duration = Duration::from_micros(8);
+
+/// The present estimate.
+#[derive(Debug, Default)]
+pub(super) struct AdaptivePoll {
+    budget: Duration,
+}
+
+impl AdaptivePoll {
+    /// How long to look now.
+    pub(super) fn budget(&self) -> Duration {
+        self.budget
+    }
+
+    /// A look found nothing, and the sleep after it took this long.
+    pub(super) fn slept(&mut self, time: Duration) {
+        self.budget = if time > MOST {
+            Duration::ZERO
+        } else {
+            (self.budget * 2).clamp(LEAST, MOST)
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grows_to_its_limit_and_stops_at_once() {
+        let mut poll = AdaptivePoll::default();
+        assert_eq!(poll.budget(), Duration::ZERO);
+        poll.slept(Duration::from_micros(5));
+        assert_eq!(poll.budget(), LEAST);
+        for _ in 0..10 {
+            poll.slept(MOST);
+        }
+        assert_eq!(poll.budget(), MOST);
+        poll.slept(MOST + Duration::from_nanos(1));
+        assert_eq!(poll.budget(), Duration::ZERO);
+    }
+}

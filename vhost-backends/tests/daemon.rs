@@ -1,0 +1,313 @@
+//! The program `pv-blkd` as a process.
+#![allow(unsafe_code)]
+// UNSAFETY: a resource limit and a descriptor are set between fork and exec.
+
+mod support;
+
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
+
+const MIB: u64 = 1 << 20;
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// Ended with the test, whatever happens.
+struct Daemon(Child);
+
+impl Daemon {
+    fn start(mut command: Command) -> Daemon {
+        Daemon(command.stderr(Stdio::piped()).spawn().unwrap())
+    }
+
+    fn on(disk: &Disk, more: &[&str]) -> Daemon {
+        let mut command = program();
+        command.arg("--socket-path").arg(&disk.socket);
+        command.arg("--blk-file").arg(&disk.image).args(more);
+        Daemon::start(command)
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        let pid = libc::pid_t::try_from(self.0.id()).unwrap();
+        // SAFETY: kill takes no pointer; the child has not been waited for.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    }
+
+    /// The exit code and what it said.
+    fn end(mut self) -> (Option<i32>, String) {
+        let deadline = Instant::now() + TIMEOUT;
+        let status = loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the daemon did not end");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let mut said = String::new();
+        let mut stderr = self.0.stderr.take().unwrap();
+        stderr.read_to_string(&mut said).unwrap();
+        (status.code(), said)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn run(args: &[&str]) -> Output {
+    program().args(args).output().unwrap()
+}
+
+#[test]
+fn serves_and_ends_on_sigterm() {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let disk = Disk::new(MIB);
+        let daemon = Daemon::on(&disk, &["--num-queues", "2"]);
+        let mut front = Frontend::connect(&disk.socket, FEATURES, 2, 64, MIB as usize);
+        assert_eq!(front.write_sync(1, 4096, &pattern(1, 8192)), 0);
+        assert_eq!(front.read_sync(0, 4096, 8192), (0, pattern(1, 8192)));
+        // With the frontend still there.
+        daemon.signal(signal);
+        let (code, said) = daemon.end();
+        assert_eq!((code, said.as_str()), (Some(0), ""));
+        assert!(!disk.socket.exists(), "the socket is removed");
+        drop(front);
+    }
+}
+
+#[test]
+fn killed_and_started_again() {
+    let disk = Disk::new(MIB);
+    for round in 0..5u64 {
+        let daemon = Daemon::on(&disk, &[]);
+        wait_until_listening(&disk.socket);
+        let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
+        if round > 0 {
+            assert_eq!(front.read_sync(0, 0, 4096), (0, pattern(round - 1, 4096)));
+        }
+        assert_eq!(front.write_sync(0, 0, &pattern(round, 4096)), 0);
+        // Leaves a stale socket, which the next one replaces.
+        daemon.signal(libc::SIGKILL);
+        assert_eq!(daemon.end().0, None);
+        assert!(disk.socket.exists());
+    }
+}
+
+fn wait_until_listening(path: &Path) {
+    let deadline = Instant::now() + TIMEOUT;
+    while UnixStream::connect(path).is_err() {
+        assert!(Instant::now() < deadline, "nobody listens");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn refuses_a_path_that_is_in_use_or_not_a_socket() {
+    let disk = Disk::new(MIB);
+    let listener = UnixListener::bind(&disk.socket).unwrap();
+    let (code, said) = Daemon::on(&disk, &[]).end();
+    assert_eq!(code, Some(1));
+    assert!(said.contains("another program listens"), "{said}");
+    assert!(disk.socket.exists());
+    drop(listener);
+    std::fs::remove_file(&disk.socket).unwrap();
+    std::fs::write(&disk.socket, "precious").unwrap();
+    let (code, said) = Daemon::on(&disk, &[]).end();
+    assert_eq!(code, Some(1));
+    assert!(said.contains("is not a socket"), "{said}");
+    assert_eq!(std::fs::read_to_string(&disk.socket).unwrap(), "precious");
+}
+
+#[test]
+fn bad_arguments_get_a_sentence() {
+    let disk = Disk::new(MIB);
+    let (image, dir) = (
+        disk.image.to_str().unwrap(),
+        disk.dir.path().to_str().unwrap(),
+    );
+    let cases: [(&[&str], &str); 9] = [
+        (&[], "--blk-file"),
+        (&["--blk-file", image], "--socket-path"),
+        (
+            &["--socket-path", "x", "--fd", "3", "--blk-file", image],
+            "cannot be used with",
+        ),
+        (
+            &["--socket-path", "x", "--blk-file", "/nonexistent"],
+            "cannot open the disk image /nonexistent",
+        ),
+        (&["--socket-path", "x", "--blk-file", dir], "Is a directory"),
+        (
+            &["--socket-path", "/nonexistent/x", "--blk-file", image],
+            "cannot listen on /nonexistent/x",
+        ),
+        (
+            &[
+                "--socket-path",
+                "x",
+                "--blk-file",
+                image,
+                "--num-queues",
+                "0",
+            ],
+            "--num-queues",
+        ),
+        (
+            &[
+                "--socket-path",
+                "x",
+                "--blk-file",
+                image,
+                "--num-queues",
+                "17",
+            ],
+            "--num-queues",
+        ),
+        (&["--fd", "999", "--blk-file", image], "--fd 999"),
+    ];
+    for (args, expected) in cases {
+        let output = run(args);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "{args:?}");
+        assert!(said.contains(expected), "{args:?}: {said}");
+        assert!(!said.contains("panicked"), "{said}");
+    }
+}
+
+#[test]
+fn prints_capabilities_and_help() {
+    let output = run(&["--print-capabilities"]);
+    assert!(output.status.success());
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["type"], "block");
+    assert!(run(&["--help"]).status.success());
+    assert!(run(&["--version"]).status.success());
+}
+
+/// A command with `fd` open as a number that nothing else in a new process has.
+fn with_fd(disk: &Disk, fd: i32) -> Command {
+    let mut command = program();
+    command
+        .arg("--blk-file")
+        .arg(&disk.image)
+        .args(["--fd", "50"]);
+    // SAFETY: dup2 is async-signal-safe.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(fd, 50) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        })
+    };
+    command
+}
+
+#[test]
+fn a_connected_descriptor_is_served_until_its_peer_hangs_up() {
+    let disk = Disk::new(MIB);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let daemon = Daemon::start(with_fd(&disk, theirs.as_raw_fd()));
+    drop(theirs);
+    ours.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let head: Vec<u8> = [1u32, 1, 0].iter().flat_map(|w| w.to_ne_bytes()).collect();
+    std::io::Write::write_all(&mut &ours, &head).unwrap();
+    let mut reply = [0; 20];
+    (&ours).read_exact(&mut reply).unwrap();
+    drop(ours);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+}
+
+#[test]
+fn a_listening_descriptor_is_kept() {
+    let disk = Disk::new(MIB);
+    let listener = UnixListener::bind(&disk.socket).unwrap();
+    let daemon = Daemon::start(with_fd(&disk, listener.as_raw_fd()));
+    for round in 0..2 {
+        let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
+        assert_eq!(front.write_sync(0, 0, &pattern(round, 512)), 0);
+    }
+    daemon.signal(libc::SIGTERM);
+    assert_eq!(daemon.end().0, Some(0));
+    assert!(disk.socket.exists(), "somebody else made it");
+}
+
+#[test]
+fn a_file_that_is_no_socket_is_refused() {
+    let disk = Disk::new(MIB);
+    let file = std::fs::File::open(&disk.image).unwrap();
+    let (code, said) = Daemon::start(with_fd(&disk, file.as_raw_fd())).end();
+    assert_eq!(code, Some(1));
+    assert!(said.contains("is not a Unix stream socket"), "{said}");
+}
+
+#[test]
+fn past_a_file_size_limit_a_write_fails_and_the_rest_goes_on() {
+    for direct in [false, true] {
+        let disk = Disk::new(MIB);
+        let mut command = program();
+        command.arg("--socket-path").arg(&disk.socket);
+        command.arg("--blk-file").arg(&disk.image);
+        if direct {
+            command.arg("--direct");
+        }
+        // SAFETY: setrlimit is async-signal-safe and gets a valid limit.
+        unsafe {
+            command.pre_exec(|| {
+                let limit = libc::rlimit {
+                    rlim_cur: 64 << 10,
+                    rlim_max: 64 << 10,
+                };
+                match libc::setrlimit(libc::RLIMIT_FSIZE, &limit) {
+                    0 => Ok(()),
+                    _ => Err(std::io::Error::last_os_error()),
+                }
+            })
+        };
+        let daemon = Daemon::start(command);
+        let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
+        for at in [64 << 10, 512 << 10] {
+            assert_ne!(front.write_sync(0, at, &pattern(1, 4096)), 0);
+        }
+        // Half of it fits.
+        assert_ne!(front.write_sync(0, 60 << 10, &pattern(2, 8192)), 0);
+        assert_eq!(front.write_sync(0, 0, &pattern(3, 4096)), 0);
+        assert_eq!(front.read_sync(0, 0, 4096), (0, pattern(3, 4096)));
+        daemon.signal(libc::SIGTERM);
+        assert_eq!(daemon.end().0, Some(0));
+    }
+}
+
+#[test]
+fn idle_costs_nothing() {
+    let disk = Disk::new(MIB);
+    let daemon = Daemon::on(&disk, &[]);
+    let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
+    for i in 0..200 {
+        assert_eq!(front.read_sync(0, 4096 * (i % 16), 4096).0, 0);
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.0.id())).unwrap();
+        let fields: Vec<&str> = stat
+            .rsplit(')')
+            .next()
+            .unwrap()
+            .split_whitespace()
+            .collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    let before = ticks();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(ticks() - before <= 1);
+}

@@ -1,0 +1,183 @@
+//! A frontend that sends whatever it is told to, and a device that only counts.
+#![allow(dead_code)]
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use vhost_backends::ring::{DeviceRing, RingState};
+use vhost_backends::session::{Device, QueueSetup, QueueStop, QueueWorker, Server, SessionEnd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+pub(crate) const NEED_REPLY: u32 = 1 << 3;
+pub(crate) const VERSION: u32 = 1;
+pub(crate) const EVENT_IDX: u64 = 1 << 29;
+pub(crate) const PROTOCOL: u64 = 1 << 30;
+pub(crate) const VERSION_1: u64 = 1 << 32;
+/// Index that a stopped counting queue reports, so that it can be seen on the wire.
+pub(crate) const STOPPED_AT: u16 = 77;
+
+#[derive(Debug, Default)]
+pub(crate) struct Counting {
+    pub(crate) opened: AtomicUsize,
+    pub(crate) stopped: Arc<AtomicUsize>,
+    pub(crate) last: Mutex<Option<(u16, RingState, u64)>>,
+}
+
+impl Counting {
+    pub(crate) fn running(&self) -> usize {
+        self.opened.load(Ordering::SeqCst) - self.stopped.load(Ordering::SeqCst)
+    }
+}
+
+struct CountingQueue {
+    stopped: Arc<AtomicUsize>,
+    next_used: u16,
+    _setup: QueueSetup,
+}
+
+impl QueueWorker for CountingQueue {
+    fn stop(self: Box<Self>) -> QueueStop {
+        self.stopped.fetch_add(1, Ordering::SeqCst);
+        QueueStop {
+            ring: RingState {
+                next_avail: STOPPED_AT,
+                next_used: self.next_used,
+            },
+            retired: None,
+        }
+    }
+}
+
+impl Device for Counting {
+    fn queue_count(&self) -> u16 {
+        2
+    }
+
+    fn features(&self) -> u64 {
+        VERSION_1 | EVENT_IDX
+    }
+
+    fn config(&self) -> Vec<u8> {
+        (1..=60).collect()
+    }
+
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {
+        self.opened.fetch_add(1, Ordering::SeqCst);
+        *self.last.lock().unwrap() = Some((setup.index, setup.ring.save(), setup.features));
+        Ok(Box::new(CountingQueue {
+            stopped: self.stopped.clone(),
+            next_used: setup.ring.save().next_used,
+            _setup: setup,
+        }))
+    }
+}
+
+pub(crate) struct Client {
+    pub(crate) stream: UnixStream,
+    session: Option<JoinHandle<SessionEnd>>,
+    _stop: File,
+}
+
+impl Client {
+    pub(crate) fn connect(device: Arc<dyn Device>) -> Client {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        ours.set_write_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        // A pipe's end that never becomes readable while the other one is open.
+        let (never, keep) = std::io::pipe().unwrap();
+        let stop = std::os::fd::OwnedFd::from(never);
+        let server = Server::new(device, stop);
+        let session = std::thread::spawn(move || server.serve(theirs));
+        Client {
+            stream: ours,
+            session: Some(session),
+            _stop: File::from(std::os::fd::OwnedFd::from(keep)),
+        }
+    }
+
+    pub(crate) fn send(&self, request: u32, flags: u32, payload: &[u8], fds: &[&File]) {
+        let mut bytes = Vec::new();
+        for word in [request, flags, payload.len() as u32] {
+            bytes.extend(word.to_ne_bytes());
+        }
+        bytes.extend(payload);
+        let raw: Vec<_> = fds.iter().map(|f| f.as_raw_fd()).collect();
+        self.stream.send_with_fds(&[&bytes[..]], &raw).unwrap();
+    }
+
+    /// One reply: request, flags, payload. `None`: the session hung up.
+    pub(crate) fn receive(&mut self) -> Option<(u32, u32, Vec<u8>)> {
+        let mut head = [0; 12];
+        match self.stream.read_exact(&mut head) {
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return None,
+            result => result.unwrap(),
+        }
+        let word = |i: usize| u32::from_ne_bytes(head[i * 4..][..4].try_into().unwrap());
+        let mut payload = vec![0; word(2) as usize];
+        self.stream.read_exact(&mut payload).unwrap();
+        assert_eq!(word(1), VERSION | 4, "a reply's flags");
+        Some((word(0), word(1), payload))
+    }
+
+    /// Sends a query and gives its payload.
+    pub(crate) fn query(&mut self, request: u32, payload: &[u8]) -> Vec<u8> {
+        self.send(request, VERSION, payload, &[]);
+        let (number, _, payload) = self.receive().unwrap();
+        assert_eq!(number, request);
+        payload
+    }
+
+    pub(crate) fn query_u64(&mut self, request: u32) -> u64 {
+        u64::from_ne_bytes(self.query(request, &[]).try_into().unwrap())
+    }
+
+    /// Sends a set with a wish for an answer; whether it was carried out.
+    pub(crate) fn set(&mut self, request: u32, payload: &[u8], fds: &[&File]) -> bool {
+        self.send(request, VERSION | NEED_REPLY, payload, fds);
+        let (number, _, payload) = self.receive().unwrap();
+        assert_eq!(number, request);
+        u64::from_ne_bytes(payload.try_into().unwrap()) == 0
+    }
+
+    /// Features with protocol features, and all protocol features.
+    pub(crate) fn negotiate(&mut self) {
+        let features = self.query_u64(1);
+        self.send(2, VERSION, &features.to_ne_bytes(), &[]);
+        let protocol = self.query_u64(15);
+        self.send(16, VERSION, &protocol.to_ne_bytes(), &[]);
+    }
+
+    /// Hangs up and waits for the session's end.
+    pub(crate) fn close(mut self) -> SessionEnd {
+        self.stream.shutdown(std::net::Shutdown::Both).unwrap();
+        self.session.take().unwrap().join().unwrap()
+    }
+}
+
+pub(crate) fn words(values: &[u64]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_ne_bytes()).collect()
+}
+
+pub(crate) fn pair(index: u32, num: u32) -> Vec<u8> {
+    [index.to_ne_bytes(), num.to_ne_bytes()].concat()
+}
+
+/// A file of memory.
+pub(crate) fn memory(bytes: u64) -> File {
+    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    file.set_len(bytes).unwrap();
+    file
+}
+
+/// Something to kick and call with. A pipe's end is as good as an eventfd where no one waits.
+pub(crate) fn event() -> File {
+    let (_reader, writer) = std::io::pipe().unwrap();
+    File::from(std::os::fd::OwnedFd::from(writer))
+}
