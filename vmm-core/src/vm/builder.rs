@@ -15,6 +15,7 @@ use crate::device::console::{Console, Input, Output};
 use crate::device::local::{LocalEndpoint, LocalThread};
 use crate::device::rng::Rng;
 use crate::device::{Backend, DeviceInfo, DeviceIo, Offer, Slot, console, rng};
+use crate::fault::ExitReason;
 use crate::image::Image;
 use crate::limits::{CLOCK_UPDATE, HOST_ARENA, HOST_QUEUE_SIZE, MAX_MEMORY, MIN_ARENA, MIN_MEMORY};
 use crate::memory::map::AddressMap;
@@ -409,6 +410,7 @@ impl VmBuilder {
         }
         let (links, input) = connected;
         Ok(Vm {
+            guard: EndUnlessRun(Some(Arc::clone(&shared))),
             shared,
             vcpus,
             links,
@@ -626,8 +628,20 @@ impl<F: FnMut(&[u8])> Write for Callback<F> {
     }
 }
 
+/// Ends a VM that nobody has run.
+pub(super) struct EndUnlessRun(pub(super) Option<Arc<Shared>>);
+
+impl Drop for EndUnlessRun {
+    fn drop(&mut self) {
+        if let Some(shared) = self.0.take() {
+            shared.finish(ExitReason::Stopped);
+        }
+    }
+}
+
 /// A VM that has been built and has not run.
 pub struct Vm {
+    pub(super) guard: EndUnlessRun,
     pub(super) shared: Arc<Shared>,
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
     pub(super) links: Vec<Link>,

@@ -67,6 +67,7 @@ impl std::fmt::Debug for VmHandle {
 impl VmHandle {
     pub(super) fn start(vm: Vm) -> Result<VmHandle, VmError> {
         let Vm {
+            mut guard,
             shared,
             vcpus,
             links,
@@ -85,6 +86,8 @@ impl VmHandle {
             links,
             _local: local,
         };
+        // The handle ends it from here on.
+        guard.0 = None;
         let shared = &handle.shared;
         let stack = shared.map.stack_tops.first().copied().unwrap_or(0);
         let state = StartState {

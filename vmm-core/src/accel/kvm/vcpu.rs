@@ -101,7 +101,11 @@ impl KvmVcpu {
         };
         // SAFETY: the ioctl reads the attribute, and eight bytes at the address in it.
         let r = unsafe {
-            libc::ioctl(self.fd.as_raw_fd(), KVM_SET_DEVICE_ATTR, &raw const attribute)
+            libc::ioctl(
+                self.fd.as_raw_fd(),
+                KVM_SET_DEVICE_ATTR,
+                &raw const attribute,
+            )
         };
         if r < 0 {
             let error = io::Error::last_os_error();

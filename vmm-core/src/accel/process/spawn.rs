@@ -1,0 +1,220 @@
+//! Starting the stub: vfork-style, from a memfd, with nothing of the embedder's but named
+//! descriptors.
+#![allow(unsafe_code)]
+// UNSAFETY: clone, memfd_create and everything that the child does before it executes the stub.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+
+static STUB: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/stub"));
+
+/// The name under which the process appears.
+const NAME: &CStr = c"pv-guest";
+/// Stack of the child until it executes the stub.
+const CHILD_STACK: usize = 32 << 10;
+
+/// A file from which the stub can be executed, made once.
+fn executable() -> io::Result<&'static File> {
+    static FILE: OnceLock<File> = OnceLock::new();
+    if let Some(file) = FILE.get() {
+        return Ok(file);
+    }
+    let mut file = executable_memfd().or_else(|_| executable_temporary())?;
+    file.write_all(STUB)?;
+    // A file that is open for writing cannot be executed (ETXTBSY), so execute another opening.
+    let again = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    drop(file);
+    Ok(FILE.get_or_init(|| again))
+}
+
+fn executable_memfd() -> io::Result<File> {
+    // MFD_EXEC is refused by kernels before 6.3, which do not need it.
+    for flags in [libc::MFD_CLOEXEC | libc::MFD_EXEC, libc::MFD_CLOEXEC] {
+        // SAFETY: a valid name; the descriptor is fresh.
+        let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
+        if fd >= 0 {
+            // SAFETY: nothing else owns it.
+            return Ok(unsafe { File::from_raw_fd(fd) });
+        }
+    }
+    Err(io::Error::last_os_error())
+}
+
+/// Hosts that forbid executable memfds (`vm.memfd_noexec` = 2): an unlinked file.
+fn executable_temporary() -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut last = io::Error::from_raw_os_error(libc::EACCES);
+    for directory in ["/dev/shm", "/tmp", "/var/tmp"] {
+        let mut options = std::fs::OpenOptions::new();
+        let opened = options
+            .read(true)
+            .write(true)
+            .mode(0o500)
+            .custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC)
+            .open(directory);
+        match opened {
+            Ok(file) => return Ok(file),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// The started stub.
+pub(super) struct Child {
+    pub(super) pid: libc::pid_t,
+    pub(super) pidfd: OwnedFd,
+}
+
+/// What the child needs between clone and exec; it lives on the parent's stack.
+struct Plan {
+    descriptors: Vec<Option<RawFd>>,
+    base: RawFd,
+    stub: RawFd,
+    base_text: CString,
+    parent: libc::pid_t,
+    failed: libc::c_int,
+}
+
+/// The first of the descriptor numbers that the child will have.
+pub(super) fn base_for(descriptors: &[Option<RawFd>]) -> io::Result<RawFd> {
+    let stub = executable()?.as_raw_fd();
+    let most = descriptors.iter().flatten().copied().chain([stub, 2]).max();
+    Ok(most.unwrap_or(2) + 1)
+}
+
+/// Starts the stub with these descriptors, numbered from `base` on.
+///
+/// The calling thread must live as long as the child shall: a parent-death signal fires when the
+/// *thread* that started a process ends.
+pub(super) fn start(descriptors: Vec<Option<RawFd>>, base: RawFd) -> io::Result<Child> {
+    let stub = executable()?.as_raw_fd();
+    // SAFETY: getpid cannot fail.
+    let parent = unsafe { libc::getpid() };
+    let base_text = CString::new(base.to_string())?;
+    let mut plan = Plan {
+        descriptors,
+        base,
+        stub,
+        base_text,
+        parent,
+        failed: 0,
+    };
+    let mut stack = vec![0u8; CHILD_STACK];
+    // No handler of the embedder's may run in the child, which shares its memory until it execs.
+    let old = block_all_signals();
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK;
+    // SAFETY: the stack is the child's alone and outlives it: CLONE_VFORK suspends this thread
+    // until the child has executed the stub or ended. No exit signal: the embedder's own waits and
+    // SIGCHLD handlers never see this child.
+    let pid = unsafe {
+        let top = stack.as_mut_ptr().add(CHILD_STACK & !15);
+        libc::clone(child, top.cast(), flags, (&raw mut plan).cast())
+    };
+    let error = io::Error::last_os_error();
+    restore_signals(&old);
+    if pid < 0 {
+        return Err(error);
+    }
+    // The child wrote it through shared memory.
+    // SAFETY: a plain read of a field of a live value.
+    let failed = unsafe { (&raw const plan.failed).read_volatile() };
+    if failed != 0 {
+        reap(pid);
+        return Err(io::Error::from_raw_os_error(failed));
+    }
+    // SAFETY: our own child, not waited for yet, so the number is still its own.
+    let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    match RawFd::try_from(pidfd) {
+        Ok(fd) if fd >= 0 => {
+            // SAFETY: fresh, owned by nobody else; the kernel makes it close-on-exec.
+            Ok(Child {
+                pid,
+                pidfd: unsafe { OwnedFd::from_raw_fd(fd) },
+            })
+        }
+        _ => {
+            let error = io::Error::last_os_error();
+            // SAFETY: our own child, not waited for.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+            reap(pid);
+            Err(error)
+        }
+    }
+}
+
+fn reap(pid: libc::pid_t) {
+    // SAFETY: waits for our own child; no status wanted.
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
+}
+
+/// Runs in the child, on its own stack, in the parent's memory: async-signal-safe calls only.
+extern "C" fn child(plan: *mut libc::c_void) -> libc::c_int {
+    let plan: *mut Plan = plan.cast();
+    // SAFETY: the parent is suspended and has left a valid plan; nothing is allocated or locked.
+    unsafe {
+        let errno = prepare(&*plan);
+        (&raw mut (*plan).failed).write_volatile(errno);
+        libc::_exit(127)
+    }
+}
+
+/// Returns only when something failed: the errno.
+unsafe fn prepare(plan: &Plan) -> libc::c_int {
+    // SAFETY: system calls on plain values and on strings that the plan owns.
+    unsafe {
+        let errno = || *libc::__errno_location();
+        if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
+            return errno();
+        }
+        if libc::getppid() != plan.parent {
+            return libc::ESRCH;
+        }
+        libc::setsid();
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+        // The child's table is its own: make room, then put everything where it is wanted.
+        if libc::syscall(libc::SYS_close_range, plan.base, u32::MAX, 0) < 0 {
+            return errno();
+        }
+        for (to, from) in (plan.base..).zip(&plan.descriptors) {
+            if let Some(from) = from
+                && libc::dup2(*from, to) < 0
+            {
+                return errno();
+            }
+        }
+        let arguments = [NAME.as_ptr(), plan.base_text.as_ptr(), std::ptr::null()];
+        let environment = [std::ptr::null::<libc::c_char>()];
+        libc::syscall(
+            libc::SYS_execveat,
+            plan.stub,
+            c"".as_ptr(),
+            arguments.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+        errno()
+    }
+}
+
+fn block_all_signals() -> libc::sigset_t {
+    // SAFETY: both sets live here.
+    unsafe {
+        let (mut all, mut old) = (std::mem::zeroed(), std::mem::zeroed());
+        libc::sigfillset(&raw mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut old);
+        old
+    }
+}
+
+fn restore_signals(old: &libc::sigset_t) {
+    // SAFETY: a set that pthread_sigmask filled.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, old, std::ptr::null_mut()) };
+}

@@ -1,0 +1,361 @@
+//! The thread that starts a sandboxed guest, watches it, and blames it.
+//!
+//! It traces the guest's threads (seized, killed with the tracer), so that a fault's registers come
+//! from the kernel and cannot be forged. Where ptrace is forbidden it only waits, and faults are
+//! reported by the guest's own process. It waits with `__WNOTHREAD`, so it sees no child but its
+//! own, and the child has no exit signal, so nobody else sees it.
+#![allow(unsafe_code)]
+// UNSAFETY: ptrace and waitpid.
+
+use super::faults::{Signal, blame};
+use super::{futex, page, spawn};
+use crate::accel::Reporter;
+use crate::fault::{Registers, Violation};
+use crate::memory::GuestMemory;
+use pv_abi::layout::{VMM_BASE, vcpu_page};
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+/// What the supervisor shares with the VM.
+pub(super) struct Watch {
+    pub(super) gone: Arc<AtomicBool>,
+    /// The end was asked for.
+    pub(super) ending: AtomicBool,
+    pub(super) traced: AtomicBool,
+    halt: Mutex<Halt>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Halt {
+    wanted: bool,
+    stopped: bool,
+    dead: bool,
+}
+
+impl Watch {
+    pub(super) fn new() -> Watch {
+        Watch {
+            gone: Arc::new(AtomicBool::new(false)),
+            ending: AtomicBool::new(false),
+            traced: AtomicBool::new(false),
+            halt: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Halt)) {
+        change(&mut self.halt.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changed.notify_all();
+    }
+
+    /// Notes that a stop is wanted; its end is awaited with [`Watch::wait_stopped`].
+    pub(super) fn want_stop(&self, wanted: bool) {
+        self.update(|halt| {
+            halt.wanted = wanted;
+            halt.stopped = false;
+        });
+    }
+
+    /// Waits until every thread of the guest has stopped. `false`: it took too long.
+    pub(super) fn wait_stopped(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut halt = self.halt.lock().unwrap_or_else(PoisonError::into_inner);
+        while !halt.stopped && !halt.dead {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            halt = self
+                .changed
+                .wait_timeout(halt, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        true
+    }
+}
+
+/// What the supervisor needs to start the guest.
+pub(super) struct Start {
+    pub(super) descriptors: Vec<Option<RawFd>>,
+    pub(super) base: RawFd,
+    /// Word of the set-up memfd that lets the stub go on.
+    pub(super) go: Arc<dyn Fn() + Send + Sync>,
+    pub(super) memory: Arc<GuestMemory>,
+    pub(super) vcpus: u32,
+    pub(super) trace: bool,
+    pub(super) reporter: Weak<dyn Reporter>,
+}
+
+/// Runs in the supervisor thread, from the guest's first moment to its last.
+pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<OwnedFd>)) {
+    let child = match spawn::start(start.descriptors.clone(), start.base) {
+        Ok(child) => child,
+        Err(error) => return started(Err(error)),
+    };
+    let mut tracer = Tracer {
+        pid: child.pid,
+        threads: HashMap::new(),
+        traced: false,
+        memory: Arc::clone(&start.memory),
+        vcpus: start.vcpus,
+    };
+    if start.trace {
+        match tracer.seize() {
+            Ok(()) => tracer.traced = true,
+            Err(error) => tracing::info!(%error, "ptrace is not to be had: faults self-reported"),
+        }
+    }
+    watch.traced.store(tracer.traced, Ordering::Release);
+    started(Ok(child.pidfd));
+    (start.go)();
+    let end = tracer.watch(watch, &start.reporter);
+    watch.gone.store(true, Ordering::Release);
+    for vcpu in 0..start.vcpus {
+        for field in [page::HANDOFF, page::READY] {
+            let at = vcpu_page(vcpu) - VMM_BASE + field as u64;
+            if let Ok(word) = start.memory.vmm.word32(at) {
+                // Always a change, whatever the guest left there: no waiter can miss it.
+                word.fetch_add(1, Ordering::AcqRel);
+                futex::wake(word);
+            }
+        }
+    }
+    watch.update(|halt| halt.dead = true);
+    if !watch.ending.load(Ordering::Acquire)
+        && let Some(reporter) = start.reporter.upgrade()
+    {
+        // First reason counts: a fault that was reported before stays the reason.
+        reporter.violation(Violation::ProcessEnded { how: end });
+    }
+}
+
+struct Tracer {
+    pid: libc::pid_t,
+    /// Threads, and whether each is in a group stop.
+    threads: HashMap<libc::pid_t, bool>,
+    traced: bool,
+    memory: Arc<GuestMemory>,
+    vcpus: u32,
+}
+
+impl Tracer {
+    fn seize(&mut self) -> io::Result<()> {
+        let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACECLONE;
+        self.threads.insert(self.pid, false);
+        // SAFETY: seizing our own child; the fourth argument is a bit mask.
+        let r = unsafe { libc::ptrace(libc::PTRACE_SEIZE, self.pid, 0, options) };
+        if r == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    /// Waits until the process has ended; says how.
+    fn watch(&mut self, watch: &Watch, reporter: &Weak<dyn Reporter>) -> String {
+        loop {
+            let mut status = 0;
+            let flags = libc::__WALL | libc::__WNOTHREAD | libc::WUNTRACED;
+            // SAFETY: waits for children and tracees of this thread only.
+            let tid = unsafe { libc::waitpid(-1, &raw mut status, flags) };
+            if tid < 0 {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return format!("waitpid: {error}");
+            }
+            if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
+                self.threads.remove(&tid);
+                if tid == self.pid {
+                    return if libc::WIFEXITED(status) {
+                        format!("exit code {}", libc::WEXITSTATUS(status))
+                    } else {
+                        format!("signal {}", libc::WTERMSIG(status))
+                    };
+                }
+                self.note_stops(watch);
+            } else if libc::WIFSTOPPED(status) {
+                if self.traced {
+                    self.stopped(tid, status, watch, reporter);
+                } else {
+                    watch.update(|halt| halt.stopped = true);
+                }
+            }
+        }
+    }
+
+    fn stopped(
+        &mut self,
+        tid: libc::pid_t,
+        status: libc::c_int,
+        watch: &Watch,
+        reporter: &Weak<dyn Reporter>,
+    ) {
+        let signal = libc::WSTOPSIG(status);
+        let event = status >> 16;
+        self.threads.entry(tid).or_insert(false);
+        if event == libc::PTRACE_EVENT_STOP
+            && matches!(
+                signal,
+                libc::SIGSTOP | libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU
+            )
+        {
+            self.threads.insert(tid, true);
+            self.request(libc::PTRACE_LISTEN, tid, 0);
+            self.note_stops(watch);
+            return;
+        }
+        self.threads.insert(tid, false);
+        if event != 0 {
+            self.request(libc::PTRACE_CONT, tid, 0);
+            return;
+        }
+        let fatal = [
+            libc::SIGSEGV,
+            libc::SIGBUS,
+            libc::SIGILL,
+            libc::SIGFPE,
+            libc::SIGTRAP,
+            libc::SIGSYS,
+        ];
+        if !fatal.contains(&signal) {
+            self.request(libc::PTRACE_CONT, tid, signal);
+            return;
+        }
+        match self.describe(tid) {
+            // Sent by somebody, not raised by an instruction.
+            Some(found) if found.code <= 0 => self.request(libc::PTRACE_CONT, tid, signal),
+            found => {
+                if let Some(reporter) = reporter.upgrade() {
+                    let signal = found.unwrap_or(Signal {
+                        number: signal,
+                        ..Default::default()
+                    });
+                    match blame(self.vcpu_of(tid), &signal, &self.memory, false) {
+                        Ok(fault) => reporter.fault(fault),
+                        Err(violation) => reporter.violation(violation),
+                    }
+                }
+                // SAFETY: our own child, which has not been waited for to its end.
+                unsafe { libc::kill(self.pid, libc::SIGKILL) };
+            }
+        }
+    }
+
+    /// Tells who waits for a stop once all threads are in it.
+    fn note_stops(&self, watch: &Watch) {
+        if self.threads.values().all(|stopped| *stopped) {
+            watch.update(|halt| halt.stopped = true);
+        }
+    }
+
+    fn request(&self, request: libc::c_uint, tid: libc::pid_t, data: libc::c_int) {
+        // SAFETY: on a stopped tracee. It may be dying, in which case there is nothing to do.
+        unsafe { libc::ptrace(request, tid, 0, libc::c_long::from(data)) };
+    }
+
+    /// Signal and registers of a stopped thread, as the kernel has them.
+    fn describe(&self, tid: libc::pid_t) -> Option<Signal> {
+        // SAFETY: both structures are written by the kernel before they are read.
+        unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            let mut regs: libc::user_regs_struct = std::mem::zeroed();
+            if libc::ptrace(libc::PTRACE_GETSIGINFO, tid, 0, &raw mut info) != 0
+                || libc::ptrace(libc::PTRACE_GETREGS, tid, 0, &raw mut regs) != 0
+            {
+                return None;
+            }
+            // siginfo: si_addr (or si_call_addr) at 16, si_syscall at 24.
+            let bytes = (&raw const info).cast::<u8>();
+            Some(Signal {
+                number: info.si_signo,
+                code: info.si_code,
+                address: bytes.add(16).cast::<u64>().read_unaligned(),
+                syscall: bytes.add(24).cast::<i32>().read_unaligned(),
+                registers: Registers {
+                    rax: regs.rax,
+                    rbx: regs.rbx,
+                    rcx: regs.rcx,
+                    rdx: regs.rdx,
+                    rsi: regs.rsi,
+                    rdi: regs.rdi,
+                    rbp: regs.rbp,
+                    rsp: regs.rsp,
+                    r8: regs.r8,
+                    r9: regs.r9,
+                    r10: regs.r10,
+                    r11: regs.r11,
+                    r12: regs.r12,
+                    r13: regs.r13,
+                    r14: regs.r14,
+                    r15: regs.r15,
+                    rip: regs.rip,
+                    rflags: regs.eflags,
+                },
+                error: 0,
+                vector: 0,
+            })
+        }
+    }
+
+    /// The vCPU that a thread is: its GS base is that vCPU's page unless the guest changed it.
+    fn vcpu_of(&self, tid: libc::pid_t) -> u32 {
+        // SAFETY: written by the kernel before it is read.
+        let gs = unsafe {
+            let mut regs: libc::user_regs_struct = std::mem::zeroed();
+            if libc::ptrace(libc::PTRACE_GETREGS, tid, 0, &raw mut regs) != 0 {
+                return 0;
+            }
+            regs.gs_base
+        };
+        (0..self.vcpus)
+            .find(|vcpu| vcpu_page(*vcpu) == gs)
+            .unwrap_or(0)
+    }
+}
+
+/// Sends a signal to the process behind a pidfd.
+pub(super) fn signal(pidfd: &OwnedFd, signal: libc::c_int) -> io::Result<()> {
+    let none = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: a pidfd names its process for good, dead or alive.
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            none,
+            0,
+        )
+    };
+    if r == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Waits until the stub's first vCPU is parked. `false`: the process ended, or took too long.
+pub(super) fn wait_ready(word: &AtomicU32, gone: &AtomicBool, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if gone.load(Ordering::Acquire) {
+            return false;
+        }
+        let seen = word.load(Ordering::Acquire);
+        if seen != 0 {
+            return true;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return false;
+        }
+        futex::wait(word, 0, Some(left));
+    }
+}
