@@ -185,12 +185,20 @@ fn pack_with_progress(folder: &Path, plan: &Plan, image: &File) -> Result<Conten
     if !std::io::stderr().is_terminal() {
         return pack(plan, image, |_| {});
     }
-    let style = "{bar:40} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    let style = "{bar:40} {bytes}/{total_bytes}{msg}";
     let bar = ProgressBar::new(plan.bytes());
     if let Ok(style) = ProgressStyle::with_template(style) {
         bar.set_style(style);
     }
-    let contents = pack(plan, image, |done| bar.set_position(done));
+    let total = plan.files.len() + plan.folders.len();
+    let contents = pack(plan, image, |done| {
+        bar.set_position(done.bytes);
+        if done.entries < total {
+            bar.set_message(format!(", {}/{total} entries", done.entries));
+        } else if !bar.message().is_empty() {
+            bar.set_message("");
+        }
+    });
     bar.finish_and_clear();
     contents
 }

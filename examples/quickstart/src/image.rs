@@ -19,7 +19,7 @@ pub type Volume = FileSystem<Partition>;
 /// Bytes of a directory entry (FAT specification §6).
 const DIRECTORY_ENTRY: u64 = 32;
 /// UTF-16 units of name that one long-name entry holds (FAT specification §7).
-const UNITS_PER_ENTRY: u64 = 13;
+const UNITS_PER_ENTRY: usize = 13;
 /// Partition type: FAT32, addressed by sector.
 const FAT32_LBA: u8 = 0x0c;
 /// Offset of the partition table in the first sector, and of the signature.
@@ -86,17 +86,20 @@ impl Geometry {
     }
 }
 
-/// Clusters for directories: each name takes its long-name entries and a short one.
+/// Clusters for directories.
 fn folder_clusters(plan: &Plan, cluster: u64) -> u64 {
-    let entries = |path: &str| {
-        let name = path.rsplit('/').next().unwrap_or(path);
-        (name.encode_utf16().count() as u64).div_ceil(UNITS_PER_ENTRY) + 1
-    };
-    let folders = plan.folders.iter().map(|path| entries(path) + 2);
-    let files = plan.files.iter().map(|file| entries(&file.path));
+    let name = |path: &str| entries_of(path.rsplit('/').next().unwrap_or(path)) as u64;
+    // Two more for `.` and `..`.
+    let folders = plan.folders.iter().map(|path| name(path) + 2);
+    let files = plan.files.iter().map(|file| name(&file.path));
     let bytes = folders.chain(files).sum::<u64>() * DIRECTORY_ENTRY;
     // Each folder, the root too, wastes at most one cluster.
     bytes.div_ceil(cluster) + 1 + plan.folders.len() as u64
+}
+
+/// Directory entries that a name takes: its long-name entries and a short one.
+pub(crate) fn entries_of(name: &str) -> usize {
+    name.encode_utf16().count().div_ceil(UNITS_PER_ENTRY) + 1
 }
 
 /// Writes partition table and empty volume into `file`, which becomes sparse.

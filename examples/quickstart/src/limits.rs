@@ -7,6 +7,9 @@ pub const MAX_IMAGE: u64 = 64 << 30;
 pub const MAX_FILE: u64 = u32::MAX as u64;
 /// Files and folders in one image: the guest holds the manifest in memory.
 pub const MAX_ENTRIES: usize = 200_000;
+/// Directory entries in one folder (FAT specification §6.2: 2 MiB of 32 bytes); a name takes one and
+/// one more for each 13 characters.
+pub const MAX_FOLDER_ENTRIES: usize = 65_536;
 /// UTF-16 units of a name: 19 long-name entries. FAT allows 20, but the FAT crate in the guest
 /// loses a name that needs the twentieth.
 pub const MAX_NAME: usize = 19 * 13;

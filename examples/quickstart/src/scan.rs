@@ -1,7 +1,10 @@
 //! What there is to pack: the folder is read once, and everything in it is either planned or
 //! named as a problem. Nothing is left out in silence.
 
-use crate::limits::{MAX_ENTRIES, MAX_FILE, MAX_NAME, MAX_NAME_BYTES, PROBLEMS_SHOWN};
+use crate::image::entries_of;
+use crate::limits::{
+    MAX_ENTRIES, MAX_FILE, MAX_FOLDER_ENTRIES, MAX_NAME, MAX_NAME_BYTES, PROBLEMS_SHOWN,
+};
 use anyhow::{Context, Result, bail};
 use quickstart_fs::limits::MAX_DEPTH;
 use quickstart_fs::manifest;
@@ -74,6 +77,9 @@ pub enum Why {
     /// Nested too deep.
     #[error("is nested deeper than {MAX_DEPTH} folders")]
     Deep,
+    /// Its folder is full.
+    #[error("is one too many: FAT's folders have {MAX_FOLDER_ENTRIES} entries, several per name")]
+    Crowded,
     /// It cannot be read.
     #[error("cannot be read ({0})")]
     Unreadable(std::io::Error),
@@ -116,8 +122,14 @@ impl Plan {
             }
             let mut below = Vec::new();
             let mut taken = HashSet::new();
+            let mut room = MAX_FOLDER_ENTRIES - OWN_ENTRIES;
             for entry in entries {
-                match look_at(&entry, &path, &mut taken) {
+                let found = look_at(&entry, &path, &mut taken).and_then(|found| {
+                    let needed = entries_of(found.name());
+                    room = room.checked_sub(needed).ok_or(Why::Crowded)?;
+                    Ok(found)
+                });
+                match found {
                     Ok(Found::Folder(_)) if depth + 1 > MAX_DEPTH => {
                         plan.problem(entry.path(), Why::Deep);
                     }
@@ -175,6 +187,18 @@ enum Found {
     Folder(String),
     File(String, u64),
 }
+
+impl Found {
+    fn name(&self) -> &str {
+        match self {
+            Found::Folder(name) | Found::File(name, _) => name,
+        }
+    }
+}
+
+/// Entries of a folder that are not for what is in it: `.`, `..`, the volume's label in the root,
+/// the manifest there, and the end.
+const OWN_ENTRIES: usize = 5;
 
 fn list(folder: &Path) -> std::io::Result<Vec<DirEntry>> {
     let mut entries = fs::read_dir(folder)?.collect::<std::io::Result<Vec<_>>>()?;

@@ -152,10 +152,10 @@ proptest! {
     /// the flush the disk does too.
     #[test]
     fn agrees_with_an_array(
-        steps in proptest::collection::vec((0u8..8, 0usize..SECTORS_PER_CHUNK * 80, any::<u8>()), 1..300),
+        steps in proptest::collection::vec((0u8..8, 0usize..SECTORS_PER_CHUNK * 160, any::<u8>()), 1..300),
     ) {
-        let (ram, counters) = Ram::new(SECTORS_PER_CHUNK * 80);
-        let mut model: Vec<u8> = (0..SECTORS_PER_CHUNK * 80).map(|s| s as u8).collect();
+        let (ram, counters) = Ram::new(SECTORS_PER_CHUNK * 160);
+        let mut model: Vec<u8> = (0..SECTORS_PER_CHUNK * 160).map(|s| s as u8).collect();
         let mut cache = Cache::new(ram);
         for (kind, sector, value) in steps {
             match kind {

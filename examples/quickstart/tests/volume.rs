@@ -118,6 +118,29 @@ fn names_sizes_and_nesting() {
     verify(&bench.image(), &packed).unwrap();
 }
 
+/// Names that FAT makes up for others stay apart from those that entries have by right.
+#[test]
+fn made_up_names_do_not_collide() {
+    let bench = Bench::new();
+    for name in [
+        "a long name.txt",
+        "a long name 2.txt",
+        "ALONGN~1.TXT",
+        "alongn~2.txt",
+    ] {
+        bench.file(name, name.as_bytes());
+        bench.file(&format!("folder/{name}"), name.as_bytes());
+    }
+    bench.file("another folder/file", b"1");
+    bench.file("ANOTHE~1/file", b"2");
+    bench.file("a third folder", b"3");
+    bench.file("ATHIRD~1", b"4");
+    let packed = bench.pack();
+    assert_eq!(packed.digests.len(), 12);
+    assert_eq!(bench.guest().files, 12);
+    verify(&bench.image(), &packed).unwrap();
+}
+
 #[test]
 fn many_files_in_one_folder() {
     let bench = Bench::new();

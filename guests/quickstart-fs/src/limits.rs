@@ -6,8 +6,9 @@ pub const SECTOR: usize = 512;
 pub const CHUNK: usize = 128 << 10;
 /// Reads in flight while a file is read from front to back.
 pub const READ_AHEAD: usize = 8;
-/// Chunks in memory: those in flight, and as many again for directories and allocation tables.
-pub const CACHED_CHUNKS: usize = 32;
+/// Chunks in memory: those in flight, and the others for directories and allocation tables. All of
+/// them together are an eighth of the least memory that a guest gets.
+pub const CACHED_CHUNKS: usize = 64;
 /// Bytes that are hashed at a time.
 pub const HASH_BUFFER: usize = 64 << 10;
 /// Folders within folders: FAT's 260 characters of path allow 130.
