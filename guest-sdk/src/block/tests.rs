@@ -308,6 +308,43 @@ fn it_may_come_back_with_less_but_not_with_too_little() {
     assert_eq!(disk.write_blocking(0, &[4; 512]), lost);
 }
 
+/// Twelve requests in flight on indirect chains, and a new backend without them, on which five fit:
+/// the rest waits for room, in order.
+#[test]
+fn requests_that_do_not_fit_any_more_wait_for_room() {
+    let fake = Fake::new(1, SECTORS, 1, true);
+    let config = QueueConfig { vcpu: 0, size: 16 };
+    let (_device, mut queues) = Block::open(fake, None, &[config]).expect("a disk");
+    let mut disk = queues.pop().expect("one queue");
+    for sector in 0..12 {
+        let request = write(&disk, sector, &pattern(sector, 512));
+        disk.submit(request).expect("room");
+    }
+    disk.kick();
+    fake.host().offered &= !feature::INDIRECT_DESC;
+    fake.host().shuffle = 0;
+    fake.host().die();
+    assert_eq!(disk.wait_for(12, None).expect("not broken"), 12);
+    let order: Vec<_> = fake.host().executed.iter().map(|&(_, s)| s).collect();
+    assert_eq!(order, (0..12).collect::<Vec<_>>());
+    for sector in 0..12 {
+        let at = sector as usize * 512;
+        assert_eq!(fake.host().disk[at..at + 512], pattern(sector, 512)[..]);
+    }
+}
+
+/// A wait consumes its own events and puts the others back, for whoever waits for them.
+#[test]
+fn a_wait_leaves_other_events_pending() {
+    let (fake, mut disk) = disk();
+    fake.raise_events(0, 1 << 40);
+    fake.raise_events(2, 1);
+    disk.write_blocking(0, &[1; 512]).expect("written");
+    assert!(fake.take_event(40));
+    assert!(fake.take_event(128));
+    assert!(!fake.take_event(disk.event()));
+}
+
 #[test]
 fn a_device_that_stays_away_fails_every_request_once() {
     let (fake, mut disk) = disk();

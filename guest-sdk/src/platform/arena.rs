@@ -344,3 +344,70 @@ unsafe fn opaque_zero(to: *mut u8, len: usize) {
             options(nostack, preserves_flags));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::fake::Fake;
+    use alloc::vec::Vec;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Buffers never overlap, are aligned and zeroed, and leave one whole free range behind.
+        #[test]
+        fn buffers_are_apart_and_come_back(
+            actions in proptest::collection::vec((any::<bool>(), 0usize..9000, 0u32..14), 1..120)
+        ) {
+            let arena = Fake::new(1, 1, 1, true).the_arena();
+            let mut held = Vec::new();
+            for (free, len, shift) in actions {
+                if free && !held.is_empty() {
+                    held.swap_remove(len % held.len());
+                    continue;
+                }
+                let mut buf = arena.alloc_aligned(len, 1 << shift).expect("plenty of room");
+                prop_assert_eq!(buf.gpa() % (1 << shift), 0);
+                prop_assert_eq!(buf.gpa() % 64, 0);
+                let mut bytes = alloc::vec![1; len];
+                buf.read(0, &mut bytes);
+                prop_assert!(bytes.iter().all(|&byte| byte == 0));
+                bytes.fill(0xff);
+                buf.write(0, &bytes);
+                held.push(buf);
+                let mut ranges: Vec<_> = held
+                    .iter()
+                    .map(|buf| (buf.gpa(), buf.gpa() + buf.len() as u64))
+                    .collect();
+                ranges.sort_unstable();
+                prop_assert!(ranges.windows(2).all(|pair| pair[0].1 <= pair[1].0));
+            }
+            drop(held);
+            prop_assert_eq!(arena.free_bytes(), arena.len());
+            let whole = arena.alloc(arena.len() as usize);
+            prop_assert!(whole.is_ok(), "the free range is in one piece");
+            prop_assert!(arena.alloc(1).is_err());
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_refused() {
+        let arena = Fake::new(1, 1, 1, true).the_arena();
+        for (len, align) in [
+            (usize::MAX, 64),
+            (arena.len() as usize + 1, 64),
+            (64, 3),
+            (64, 4 << 20),
+        ] {
+            assert!(arena.alloc_aligned(len, align).is_err(), "{len} {align}");
+        }
+        assert_eq!(arena.free_bytes(), arena.len());
+    }
+
+    #[test]
+    #[should_panic(expected = "bytes 60+5 of a buffer of 64")]
+    fn a_copy_past_the_end_is_the_callers_bug() {
+        let arena = Fake::new(1, 1, 1, true).the_arena();
+        arena.alloc(64).expect("room").write(60, &[0; 5]);
+    }
+}
