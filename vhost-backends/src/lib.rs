@@ -9,6 +9,7 @@
 //! | [`ring`] | a descriptor chain becomes one owned, checked value |
 //! | [`block`] | a chain becomes a typed request; a result becomes a status byte |
 //! | [`engine`] | bytes come from and go to the disk |
+//! | [`adapter`] | lets a `VhostUserBackend` be served by [`session`] |
 //! | [`limits`] | every bound, with its reason |
 //!
 //! [`ring`] and [`block`]'s parser know nothing of sockets: a VMM uses them in-process.
@@ -30,6 +31,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("the host side of Paravane is for Linux on x86-64");
 
+pub mod adapter;
 pub mod block;
 pub mod daemon;
 pub mod engine;

@@ -31,3 +31,5 @@ pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 pub const MAX_BATCH: usize = 32;
 /// Reports of refused messages in the log, for each connection.
 pub const MAX_REFUSALS_LOGGED: u32 = 8;
+/// Reports of retired rings in the log, for each device: a guest can cause them at will.
+pub const MAX_RETIRED_LOGGED: u64 = 16;

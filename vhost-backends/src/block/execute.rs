@@ -4,13 +4,14 @@ use super::poll::AdaptivePoll;
 use super::request::{HEADER_LEN, Request};
 use super::{Counters, Disk};
 use crate::engine::{Engine, Finished, Operation, Token, WakeSources, open_engine};
-use crate::limits::{MAX_BATCH, MAX_IN_FLIGHT};
+use crate::limits::{MAX_BATCH, MAX_IN_FLIGHT, MAX_RETIRED_LOGGED};
 use crate::readiness::Event;
 use crate::ring::{Completion, DeviceRing, OwnedChain, SplitRing};
 use crate::session::{Notifier, QueueSetup, QueueStop, QueueWorker};
 use pv_abi::virtio::block::status;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -235,9 +236,12 @@ impl Worker {
 
     fn retire(&mut self, reason: crate::ring::Retire) {
         if !std::mem::replace(&mut self.retired, true) {
-            // Once per start of a queue, so a driver cannot fill the log.
-            tracing::warn!(%reason, "ring retired");
-            Counters::add(&self.disk.counters.retired, 1);
+            // Ordering: Relaxed, as for every count.
+            let before = self.disk.counters.retired.fetch_add(1, Ordering::Relaxed);
+            // A driver can reset and break its ring again, as often as it likes.
+            if before < MAX_RETIRED_LOGGED {
+                tracing::warn!(%reason, "ring retired");
+            }
             self.err.signal();
         }
     }

@@ -81,6 +81,12 @@ pub fn pv_blkd_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         println!("{}", capabilities());
         return ExitCode::SUCCESS;
     }
+    // An embedding program may have a subscriber already; then that one is used.
+    let _ = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_max_level(tracing::Level::WARN)
+        .without_time()
+        .try_init();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(sentence) => {

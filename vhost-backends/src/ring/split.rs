@@ -126,6 +126,18 @@ impl SplitRing {
         self.size
     }
 
+    /// The registers that it was made with.
+    pub fn config(&self) -> RingConfig {
+        RingConfig {
+            size: self.size,
+            desc: self.desc,
+            avail: self.avail,
+            used: self.used,
+            event_idx: self.event_idx,
+            indirect: self.indirect,
+        }
+    }
+
     /// The memory that the ring and its buffers lie in.
     pub fn memory(&self) -> &Arc<GuestMemoryMmap> {
         &self.mem

@@ -19,6 +19,15 @@ pub trait Device: Send + Sync {
     /// Configuration space.
     fn config(&self) -> Vec<u8>;
 
+    /// A part of configuration space; what it is short of reads as zero.
+    fn read_config(&self, offset: u32, len: u32) -> Vec<u8> {
+        let config = self.config();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let rest = config.get(start..).unwrap_or_default();
+        rest.get(..len).unwrap_or(rest).to_vec()
+    }
+
     /// A write to configuration space. Refused, unless the device says otherwise.
     fn write_config(&self, _offset: u32, _data: &[u8]) -> Result<(), ConfigRefused> {
         Err(ConfigRefused)

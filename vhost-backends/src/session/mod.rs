@@ -32,7 +32,7 @@ pub use memory::MemoryError;
 pub use request::Refusal;
 pub use server::{Server, ServerHandle, SessionEnd};
 
-use crate::limits::{MAX_CONFIG_LEN, MAX_MEM_SLOTS, MAX_REFUSALS_LOGGED};
+use crate::limits::{MAX_MEM_SLOTS, MAX_REFUSALS_LOGGED};
 use memory::MemoryTable;
 use request::{Answer, Request, answer_kind};
 use socket::{Channel, ChannelEnd, Message};
@@ -194,16 +194,10 @@ impl<'d> Session<'d> {
     }
 
     fn get_config(&self, head: wire::ConfigHead, offset: u32) -> Result<Reply, Refusal> {
-        let mut config = self.device.config();
-        // What is past the end of the device's configuration reads as zero; `parse` has checked
-        // the range against this bound.
-        config.resize(MAX_CONFIG_LEN, 0);
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let len = usize::try_from(head.size).unwrap_or(usize::MAX);
-        let data = config
-            .get(start..start.saturating_add(len))
-            .ok_or(Refusal::BadValue("configuration range"))?;
-        Ok(Reply::Payload([head.as_bytes(), data].concat()))
+        // `parse` has checked the range against MAX_CONFIG_LEN.
+        let mut data = self.device.read_config(offset, head.size);
+        data.resize(usize::try_from(head.size).unwrap_or(0), 0);
+        Ok(Reply::Payload([head.as_bytes(), &data].concat()))
     }
 
     fn set_features(&mut self, features: u64) -> Result<(), Refusal> {
