@@ -88,9 +88,10 @@ impl Prepared {
             ),
             (Some(disk), None) if disk.exists() => Self::take(disk),
             (disk, folder) => {
-                let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
-                let folder = folder.as_deref().unwrap_or(&docs);
-                Self::make(folder, disk.as_deref(), args.skip)
+                let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+                let root = own.ancestors().nth(2).unwrap_or(own);
+                let folder = folder.clone().unwrap_or_else(|| root.join("docs"));
+                Self::make(&folder, disk.as_deref(), args.skip)
             }
         }
     }
