@@ -86,7 +86,7 @@ impl RawFile {
         self.options
     }
 
-    /// What offsets, lengths and addresses must be multiples of for [`main`](Self::main).
+    /// What offsets, lengths and addresses must be multiples of for O_DIRECT.
     pub fn align(&self) -> u64 {
         self.align
     }
