@@ -1,11 +1,10 @@
 //! Every bound, with its reason.
 
-/// Bytes of the largest image: what fits a table of contents that the guest holds in memory, and
-/// a disk that people have free.
+/// Bytes of the largest image: a disk that people have free.
 pub const MAX_IMAGE: u64 = 64 << 30;
 /// Bytes of the largest file: FAT's lengths have 32 bits.
 pub const MAX_FILE: u64 = u32::MAX as u64;
-/// Files and folders in one image: the guest holds the manifest in memory.
+/// Files and folders in one image: the plan and the open entries are held in memory.
 pub const MAX_ENTRIES: usize = 200_000;
 /// Directory entries in one folder (FAT specification §6.2: 2 MiB of 32 bytes); a name takes one and
 /// one more for each 13 characters.

@@ -9,7 +9,7 @@ pub const READ_AHEAD: usize = 8;
 /// Chunks in memory: those in flight, and the others for directories and allocation tables. All of
 /// them together are an eighth of the least memory that a guest gets.
 pub const CACHED_CHUNKS: usize = 64;
-/// Bytes that are hashed at a time.
+/// Bytes that are hashed at a time, and of manifest that are written at a time.
 pub const HASH_BUFFER: usize = 64 << 10;
 /// Folders within folders: FAT's 260 characters of path allow 130.
 pub const MAX_DEPTH: usize = 130;

@@ -73,17 +73,22 @@ pub fn hash_volume<D: Disk>(
         .open_raw_volume(VolumeIdx(0))
         .map_err(WalkError::Volume)?;
     let root = manager.open_root_dir(volume).map_err(WalkError::Volume)?;
+    let mode = Mode::ReadWriteCreateOrTruncate;
+    let manifest = manager.open_file_in_dir(root, manifest::NAME, mode);
+    let manifest = manifest.map_err(WalkError::Volume)?;
     let start = now_ns();
     let mut walk = Walk {
         manager: &manager,
         buffer: vec![0; HASH_BUFFER],
-        manifest: String::new(),
+        manifest,
+        lines: String::new(),
         summary: Summary::default(),
     };
     walk.folders(root)?;
     walk.summary.hash_ns = now_ns().saturating_sub(start);
-    let (summary, text) = (walk.summary, walk.manifest);
-    write_manifest(&manager, root, text.as_bytes()).map_err(WalkError::Volume)?;
+    walk.write_lines()?;
+    let summary = walk.summary;
+    manager.close_file(manifest).map_err(WalkError::Volume)?;
     manager.close_dir(root).map_err(WalkError::Volume)?;
     manager.close_volume(volume).map_err(WalkError::Volume)?;
     let (device, _) = manager.free();
@@ -118,25 +123,18 @@ pub fn timestamp(seconds: u64) -> Timestamp {
     }
 }
 
-type Manager<D> = VolumeManager<Sectors<D>, Wall, { MAX_DEPTH + 1 }, 1, 1>;
-type VolumeResult<T, D> = Result<T, embedded_sdmmc::Error<CacheError<<D as Disk>::Error>>>;
+/// The manifest, and the file that is being hashed.
+const OPEN_FILES: usize = 2;
 
-fn write_manifest<D: Disk>(
-    manager: &Manager<D>,
-    root: RawDirectory,
-    text: &[u8],
-) -> VolumeResult<(), D> {
-    let mode = Mode::ReadWriteCreateOrTruncate;
-    let file = manager.open_file_in_dir(root, manifest::NAME, mode)?;
-    let written = manager.write(file, text);
-    let closed = manager.close_file(file);
-    written.and(closed)
-}
+type Manager<D> = VolumeManager<Sectors<D>, Wall, { MAX_DEPTH + 1 }, OPEN_FILES, 1>;
+type VolumeResult<T, D> = Result<T, embedded_sdmmc::Error<CacheError<<D as Disk>::Error>>>;
 
 struct Walk<'a, D: Disk> {
     manager: &'a Manager<D>,
     buffer: Vec<u8>,
-    manifest: String,
+    manifest: RawFile,
+    /// Lines of the manifest that are not in the file yet.
+    lines: String,
     summary: Summary,
 }
 
@@ -197,8 +195,11 @@ impl<D: Disk> Walk<'_, D> {
             let digest = self.hash(file);
             self.manager.close_file(file).map_err(WalkError::Volume)?;
             let full = [path, name].concat();
-            manifest::push_line(&mut self.manifest, &digest?, &full);
+            manifest::push_line(&mut self.lines, &digest?, &full);
             self.summary.files += 1;
+            if self.lines.len() >= HASH_BUFFER {
+                self.write_lines()?;
+            }
         }
         listing.folders.reverse();
         Ok(Level {
@@ -206,6 +207,12 @@ impl<D: Disk> Walk<'_, D> {
             below: listing.folders,
             path: path.len(),
         })
+    }
+
+    fn write_lines(&mut self) -> Result<(), WalkError<D::Error>> {
+        let written = self.manager.write(self.manifest, self.lines.as_bytes());
+        self.lines.clear();
+        written.map_err(WalkError::Volume)
     }
 
     fn list(&self, folder: RawDirectory) -> VolumeResult<Listing, D> {
