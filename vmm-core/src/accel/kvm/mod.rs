@@ -33,6 +33,23 @@ struct System {
     cpuid: CpuId,
 }
 
+impl System {
+    /// Whether the CPU's twelve letters are one of these, by their first four (CPUID 0, EBX).
+    fn vendor_is(&self, starts: &[&[u8; 4]]) -> bool {
+        let leaf = self.cpuid.as_slice().iter().find(|e| e.function == 0);
+        leaf.is_some_and(|l| starts.iter().any(|s| l.ebx == u32::from_le_bytes(**s)))
+    }
+
+    fn cpu_is_intel(&self) -> bool {
+        self.vendor_is(&[b"Genu"])
+    }
+
+    /// AMD, or Hygon, whose CPUs are of AMD's line.
+    fn cpu_is_amd(&self) -> bool {
+        self.vendor_is(&[b"Auth", b"Hygo"])
+    }
+}
+
 fn system() -> Result<&'static System, AccelError> {
     static SYSTEM: OnceLock<System> = OnceLock::new();
     if let Some(system) = SYSTEM.get() {

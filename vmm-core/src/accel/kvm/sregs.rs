@@ -23,10 +23,17 @@ const EFER_NXE: u64 = 1 << 11;
 /// Where `SYSCALL` lands on hosts that ignore `EFER.SCE` = 0: canonical, and never mapped.
 pub(crate) const SYSCALL_SENTINEL: u64 = 0x7fff_f000_0000;
 
+/// Segment type of a 64-bit TSS that is available, and of one that is busy.
+const TSS_AVAILABLE: u8 = 9;
+const TSS_BUSY: u8 = 11;
+
 /// Segment, control and base registers of vCPU `index` at its first instruction.
 ///
-/// `host` is what `KVM_GET_SREGS` returned, for the fields that are the host's.
-pub(crate) fn flat_sregs(host: kvm_sregs, index: u32) -> kvm_sregs {
+/// `host` is what `KVM_GET_SREGS` returned, for the fields that are the host's. `amd` says that the
+/// CPU is AMD's or of its line: Intel refuses to enter a guest whose TR is not busy (SDM vol. 3
+/// §27.3.1.2), AMD looks at the TSS's size only (APM vol. 2 §15.5.1) and keeps the busy flag out of
+/// TR, and QEMU's emulation of it closes every port while the flag is there.
+pub(crate) fn flat_sregs(host: kvm_sregs, index: u32, amd: bool) -> kvm_sregs {
     let block = Block::of(index);
     let code = kvm_segment {
         base: 0,
@@ -67,6 +74,7 @@ pub(crate) fn flat_sregs(host: kvm_sregs, index: u32) -> kvm_sregs {
         base: tss_base,
         limit: tss_limit,
         selector: TSS,
+        type_: if amd { TSS_AVAILABLE } else { TSS_BUSY },
         dpl: 0,
         s: 0,
         l: 0,
@@ -165,7 +173,7 @@ fn guest_state_errors(sregs: &kvm_sregs, rflags: u64, rip: u64) -> Vec<&'static 
     rule(ss.dpl == (ss.selector & 3) as u8, "SS.DPL equals SS.RPL");
     rule(!(cs.l == 1 && cs.db == 1), "L and D are not both set");
     rule(
-        tr.type_ == 11 && tr.s == 0 && tr.present == 1 && tr.unusable == 0,
+        tr.type_ == TSS_BUSY && tr.s == 0 && tr.present == 1 && tr.unusable == 0,
         "TR is a busy TSS",
     );
     rule(tr.limit >> 20 == 0 || tr.g == 1, "TR limit agrees with G");
@@ -195,22 +203,26 @@ mod tests {
     #[test]
     fn start_state_passes_the_hardware_checks() {
         for index in [0, 1, 63] {
-            let sregs = flat_sregs(kvm_sregs::default(), index);
+            let sregs = flat_sregs(kvm_sregs::default(), index, false);
             let errors = guest_state_errors(&sregs, 2, pv_abi::layout::RAM_BASE);
             assert!(errors.is_empty(), "{errors:?}");
             assert_eq!(sregs.cs.dpl, 3);
             assert_eq!(sregs.ss.dpl, 3, "AMD takes CPL from SS");
+            let amd = flat_sregs(kvm_sregs::default(), index, true);
+            let errors = guest_state_errors(&amd, 2, pv_abi::layout::RAM_BASE);
+            assert_eq!(errors, ["TR is a busy TSS"], "AMD's differs in that only");
+            assert_eq!(amd.tr.type_, TSS_AVAILABLE);
         }
     }
 
     #[test]
     fn the_checks_can_fail() {
-        let good = flat_sregs(kvm_sregs::default(), 0);
+        let good = flat_sregs(kvm_sregs::default(), 0, false);
         let mut bad = good;
         bad.ss.dpl = 0;
         assert!(!guest_state_errors(&bad, 2, 0).is_empty());
         let mut bad = good;
-        bad.tr.type_ = 9;
+        bad.tr.type_ = TSS_AVAILABLE;
         assert!(!guest_state_errors(&bad, 2, 0).is_empty());
         assert!(!guest_state_errors(&good, 0, 0).is_empty());
         assert!(!guest_state_errors(&good, 2, 1 << 63).is_empty());

@@ -55,7 +55,7 @@ impl KvmVcpu {
         let step = AccelError::host("KVM_GET_SREGS");
         let host = fd.get_sregs().map_err(errno).map_err(step)?;
         let step = AccelError::host("KVM_SET_SREGS");
-        fd.set_sregs(&flat_sregs(host, index))
+        fd.set_sregs(&flat_sregs(host, index, system.cpu_is_amd()))
             .map_err(errno)
             .map_err(step)?;
         let step = AccelError::host("KVM_SET_FPU");

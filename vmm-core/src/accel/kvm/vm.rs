@@ -37,12 +37,7 @@ pub(super) fn create(system: &System, input: AccelInput) -> Result<Parts, AccelE
     for (slot, (gpa, region)) in (0u32..).zip(slots) {
         set_slot(&fd, slot, gpa, region).map_err(AccelError::host("KVM_SET_USER_MEMORY_REGION"))?;
     }
-    let vendor_is_intel = system
-        .cpuid
-        .as_slice()
-        .iter()
-        .any(|e| e.function == 0 && e.ebx == u32::from_le_bytes(*b"Genu"));
-    if vendor_is_intel {
+    if system.cpu_is_intel() {
         fd.set_tss_address(TSS_PAGES)
             .map_err(errno)
             .map_err(AccelError::host("KVM_SET_TSS_ADDR"))?;
