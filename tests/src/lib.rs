@@ -1,1 +1,123 @@
-//! Shared pieces of the cross-crate tests.
+//! What the cross-crate tests share: which accels to run on, disks, and the suite's VM.
+//!
+//! `PV_ACCEL` chooses the accels: `kvm` or `process` forces one (and fails where it cannot be had),
+//! `all` forces both, unset runs on every accel that works here and says which do not.
+
+use anyhow::{Context, bail};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+use vmm_core::{Accel, BlockConfig, Image, VmBuilder};
+
+/// Bytes of a test disk.
+pub const DISK_LEN: u64 = 16 << 20;
+
+/// The accels to run on.
+///
+/// # Errors
+/// When `PV_ACCEL` forces one that does not work here, or names none.
+pub fn accels() -> anyhow::Result<Vec<Accel>> {
+    let forced = std::env::var("PV_ACCEL").unwrap_or_default();
+    let wanted = match forced.as_str() {
+        "" => {
+            return Ok([Accel::Kvm, Accel::Process]
+                .into_iter()
+                .filter(|accel| match accel.check() {
+                    Ok(()) => true,
+                    Err(error) => {
+                        println!("SKIPPED: everything on {accel}: {error}");
+                        false
+                    }
+                })
+                .collect());
+        }
+        "all" => vec![Accel::Kvm, Accel::Process],
+        name => vec![name.parse::<Accel>()?],
+    };
+    for accel in &wanted {
+        accel
+            .check()
+            .with_context(|| format!("PV_ACCEL={forced} forces {accel}"))?;
+    }
+    Ok(wanted)
+}
+
+/// The block daemon's executable: `PV_BLKD`, or the one that was built beside the tests.
+///
+/// # Errors
+/// When there is none.
+pub fn pv_blkd() -> anyhow::Result<PathBuf> {
+    if let Some(path) = std::env::var_os("PV_BLKD") {
+        return Ok(path.into());
+    }
+    beside("pv-blkd-under-test")
+}
+
+/// An executable of this package, from inside one of its tests.
+///
+/// # Errors
+/// When it has not been built.
+pub fn beside(name: &str) -> anyhow::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let folders = own.ancestors().skip(1).take(2);
+    for folder in folders {
+        let path = folder.join(name);
+        if path.is_file() {
+            return Ok(path);
+        }
+    }
+    bail!(
+        "{name} is not beside {}; run the tests with cargo",
+        own.display()
+    );
+}
+
+/// A disk served by a spawned `pv-blkd` with these further arguments.
+///
+/// # Panics
+/// When the daemon's executable has not been built.
+pub fn disk(image: &Path, arguments: &[&str]) -> BlockConfig {
+    let daemon = pv_blkd().expect("the block daemon");
+    let image = image.to_owned();
+    let arguments: Vec<String> = arguments.iter().map(|a| (*a).to_owned()).collect();
+    BlockConfig::spawn(move || {
+        let mut command = Command::new(&daemon);
+        command
+            .arg("--blk-file")
+            .arg(&image)
+            .args(["--num-queues", "2"])
+            .args(&arguments);
+        command
+    })
+    .queues(2)
+}
+
+/// A disk image of [`DISK_LEN`] zero bytes.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn blank_image(path: &Path) -> std::io::Result<()> {
+    File::create(path)?.set_len(DISK_LEN)
+}
+
+/// A VM for one case of the suite guest, without devices.
+///
+/// # Errors
+/// When the guest's image is refused.
+pub fn suite_vm(case: &str, accel: Accel) -> anyhow::Result<VmBuilder> {
+    Ok(VmBuilder::new(Image::from_bytes(guest_images::SUITE)?)
+        .accel(accel)
+        .vcpus(3)
+        .memory(64 << 20)
+        .cmdline(format!("case={case}")))
+}
+
+/// How long anything may take: generous, and more on emulated machines (`PV_PATIENCE` times).
+pub fn patience(seconds: u64) -> Duration {
+    let factor = std::env::var("PV_PATIENCE")
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(1);
+    Duration::from_secs(seconds * factor)
+}

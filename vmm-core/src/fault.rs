@@ -128,7 +128,7 @@ pub enum Violation {
     /// A system call that the sandbox does not allow.
     #[error("system call {number} from inside the sandbox")]
     SystemCall {
-        /// Its number.
+        /// Its number; `u32::MAX` when it came through another architecture's entry.
         number: u32,
     },
     /// The sandboxed process ended without having been told to.

@@ -171,6 +171,8 @@ unsafe fn confine(setup: *mut Setup) {
     let mut layers = 0;
     // SAFETY: all structures live on this stack; the calls change this process only.
     unsafe {
+        // PR_SET_NAME: the name that the process had as an argument is about to be unmapped.
+        syscall(nr::PRCTL, [15, c"pv-guest".as_ptr() as usize, 0, 0, 0, 0]);
         let no_core = [0u64; 2];
         syscall(nr::SETRLIMIT, [4, &raw const no_core as usize, 0, 0, 0, 0]);
         if syscall(nr::PRCTL, [38, 1, 0, 0, 0, 0]) == 0 {

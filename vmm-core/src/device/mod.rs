@@ -137,14 +137,6 @@ impl Slot {
         self.config_event(&state)
     }
 
-    /// New configuration from the backend.
-    pub(crate) fn config_changed(&self, config: Vec<u8>) -> io::Result<()> {
-        let mut state = self.lock();
-        state.offer.config = config;
-        self.publish(&state)?;
-        self.config_event(&state)
-    }
-
     /// `DEVICE_ACTIVATE`: freezes the queues and has them served.
     pub(crate) fn activate(&self, setup: Setup, wait_for: WaitFor<'_>) -> Result<u32, Status> {
         let mut guard = self.lock();

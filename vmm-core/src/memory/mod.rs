@@ -17,8 +17,8 @@ pub(crate) use region::{Backing, Region};
 
 use crate::limits::{MAX_MEMORY, MIN_MEMORY};
 use pv_abi::layout::{
-    ARENA_BASE, ARENA_STRIDE, CONTROL_RO_BASE, RAM_BASE, RAM_HIGH_BASE, RAM_LOW_END,
-    VCPU_PAGES_BASE, VMM_BASE, VMM_LEN,
+    ARENA_BASE, ARENA_STRIDE, RAM_BASE, RAM_HIGH_BASE, RAM_LOW_END, VCPU_PAGES_BASE, VMM_BASE,
+    VMM_LEN,
 };
 use std::io;
 use std::sync::Arc;
@@ -146,12 +146,6 @@ impl GuestMemory {
         inside(gpa, len, (RAM_HIGH_BASE, high.len())).map(|offset| (high, offset))
     }
 
-    /// Offset in the VMM region of a control structure's address.
-    pub(crate) fn control_offset(gpa: u64) -> u64 {
-        debug_assert!(gpa >= VMM_BASE && gpa >= CONTROL_RO_BASE.min(VMM_BASE));
-        gpa - VMM_BASE
-    }
-
     pub(crate) fn report(&self) -> MemoryReport {
         let ram = [Some(&self.ram_low), self.ram_high.as_ref()];
         let mut report = MemoryReport {
@@ -179,6 +173,7 @@ fn inside(gpa: u64, len: u64, (base, size): (u64, u64)) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pv_abi::layout::CONTROL_RO_BASE;
 
     fn memory() -> GuestMemory {
         let plan = MemoryPlan {

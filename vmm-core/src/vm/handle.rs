@@ -20,7 +20,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use vmm_sys_util::signal::Killable;
+use vmm_sys_util::signal::{Killable, block_signal, get_blocked_signals, unblock_signal};
 
 /// What can go wrong with a running VM's controls.
 #[derive(Debug, thiserror::Error)]
@@ -98,19 +98,12 @@ impl VmHandle {
         };
         shared.start_vcpu(0, state);
         let signal = shared.accel.get().and_then(|a| a.kick_signal());
+        // Threads inherit the mask: the signal is blocked in them from their first moment on.
+        let blocked = BlockedSignal::new(signal)?;
         for (index, vcpu) in (0u32..).zip(vcpus) {
             let own = Arc::clone(shared);
-            let spawned = std::thread::Builder::new()
-                .name(format!("pv-vcpu{index}"))
-                .spawn(move || {
-                    if let Some(signal) = signal
-                        && let Err(error) = vmm_sys_util::signal::block_signal(signal)
-                    {
-                        own.host_error(io::Error::other(format!("block the kick signal: {error}")));
-                    }
-                    vcpu::main(&own, index, vcpu);
-                });
-            match spawned {
+            let thread = std::thread::Builder::new().name(format!("pv-vcpu{index}"));
+            match thread.spawn(move || vcpu::main(&own, index, vcpu)) {
                 Ok(thread) => handle.threads().push(thread),
                 Err(error) => {
                     // The threads that are missing will never report themselves done.
@@ -121,6 +114,7 @@ impl VmHandle {
                 }
             }
         }
+        drop(blocked);
         if let Some(deadline) = boot_deadline {
             watch_boot(shared, deadline)?;
         }
@@ -135,7 +129,7 @@ impl VmHandle {
     fn kick(&self) {
         if let Some(number) = self.shared.accel.get().and_then(|a| a.kick_signal()) {
             for thread in self.threads().iter().filter(|t| !t.is_finished()) {
-                let _ = thread.kill(number - libc::SIGRTMIN());
+                let _ = thread.kill(number);
             }
         }
         for (_, wake) in self.shared.events.wakes() {
@@ -294,6 +288,33 @@ impl Drop for VmHandle {
         }
         for slot in &self.shared.devices {
             slot.shut_down();
+        }
+    }
+}
+
+/// Blocks a signal in this thread until dropped, unless it was blocked before.
+struct BlockedSignal(Option<libc::c_int>);
+
+impl BlockedSignal {
+    fn new(signal: Option<libc::c_int>) -> io::Result<BlockedSignal> {
+        let other = |e| io::Error::other(format!("block the kick signal: {e}"));
+        let Some(signal) = signal else {
+            return Ok(BlockedSignal(None));
+        };
+        if get_blocked_signals().map_err(other)?.contains(&signal) {
+            return Ok(BlockedSignal(None));
+        }
+        block_signal(signal).map_err(other)?;
+        Ok(BlockedSignal(Some(signal)))
+    }
+}
+
+impl Drop for BlockedSignal {
+    fn drop(&mut self) {
+        if let Some(signal) = self.0
+            && let Err(error) = unblock_signal(signal)
+        {
+            tracing::warn!(%error, "the kick signal stays blocked in the embedder's thread");
         }
     }
 }

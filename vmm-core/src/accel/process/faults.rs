@@ -11,9 +11,8 @@ pub(super) struct Signal {
     pub(super) address: u64,
     pub(super) syscall: i32,
     pub(super) registers: Registers,
-    /// The x86 error code and vector, where the kernel tells.
+    /// The x86 error code, where the kernel tells.
     pub(super) error: u64,
-    pub(super) vector: u64,
 }
 
 const SI_KERNEL: i32 = 0x80;
@@ -22,7 +21,6 @@ const SEGV_ACCERR: i32 = 2;
 const BUS_ADRALN: i32 = 1;
 const FPE_INTDIV: i32 = 1;
 const FPE_INTOVF: i32 = 2;
-const TRAP_BRKPT: i32 = 1;
 const SYS_SECCOMP: i32 = 1;
 
 /// The fault or violation that this signal stands for.
@@ -42,7 +40,8 @@ pub(super) fn blame(
         libc::SIGFPE if matches!(signal.code, FPE_INTDIV | FPE_INTOVF) => (0, None),
         libc::SIGFPE => (19, None),
         libc::SIGILL => (6, None),
-        libc::SIGTRAP if matches!(signal.code, SI_KERNEL | TRAP_BRKPT) => (3, None),
+        // INT3 is SI_KERNEL; single steps and ICEBP have codes of their own.
+        libc::SIGTRAP if signal.code == SI_KERNEL => (3, None),
         libc::SIGTRAP => (1, None),
         libc::SIGSEGV if page => (14, None),
         libc::SIGSEGV => (13, None),

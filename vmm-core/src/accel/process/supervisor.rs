@@ -131,7 +131,7 @@ pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<O
         && let Some(reporter) = start.reporter.upgrade()
     {
         // First reason counts: a fault that was reported before stays the reason.
-        reporter.violation(Violation::ProcessEnded { how: end });
+        reporter.violation(end);
     }
 }
 
@@ -158,7 +158,7 @@ impl Tracer {
     }
 
     /// Waits until the process has ended; says how.
-    fn watch(&mut self, watch: &Watch, reporter: &Weak<dyn Reporter>) -> String {
+    fn watch(&mut self, watch: &Watch, reporter: &Weak<dyn Reporter>) -> Violation {
         loop {
             let mut status = 0;
             let flags = libc::__WALL | libc::__WNOTHREAD | libc::WUNTRACED;
@@ -169,16 +169,14 @@ impl Tracer {
                 if error.kind() == io::ErrorKind::Interrupted {
                     continue;
                 }
-                return format!("waitpid: {error}");
+                return Violation::ProcessEnded {
+                    how: format!("waitpid: {error}"),
+                };
             }
             if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
                 self.threads.remove(&tid);
                 if tid == self.pid {
-                    return if libc::WIFEXITED(status) {
-                        format!("exit code {}", libc::WEXITSTATUS(status))
-                    } else {
-                        format!("signal {}", libc::WTERMSIG(status))
-                    };
+                    return how_ended(status);
                 }
                 self.note_stops(watch);
             } else if libc::WIFSTOPPED(status) {
@@ -300,7 +298,6 @@ impl Tracer {
                     rflags: regs.eflags,
                 },
                 error: 0,
-                vector: 0,
             })
         }
     }
@@ -318,6 +315,20 @@ impl Tracer {
         (0..self.vcpus)
             .find(|vcpu| vcpu_page(*vcpu) == gs)
             .unwrap_or(0)
+    }
+}
+
+fn how_ended(status: libc::c_int) -> Violation {
+    if libc::WIFEXITED(status) {
+        let how = format!("exit code {}", libc::WEXITSTATUS(status));
+        return Violation::ProcessEnded { how };
+    }
+    match libc::WTERMSIG(status) {
+        // The filter kills at once what comes through another architecture's entry (`INT 0x80`).
+        libc::SIGSYS => Violation::SystemCall { number: u32::MAX },
+        signal => Violation::ProcessEnded {
+            how: format!("signal {signal}"),
+        },
     }
 }
 

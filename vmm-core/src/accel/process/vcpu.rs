@@ -64,7 +64,7 @@ impl ProcessVcpu {
             rflags,
             _,
             error,
-            vector,
+            _,
         ] = regs;
         let low = |v: u64| v as u32 as i32;
         let registers = Registers {
@@ -94,7 +94,6 @@ impl ProcessVcpu {
             syscall: low(syscall),
             registers,
             error,
-            vector,
         };
         Ok(match blame(self.index, &signal, &self.memory, true) {
             Ok(fault) => VcpuExit::Fault(fault),

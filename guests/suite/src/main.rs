@@ -1,0 +1,57 @@
+//! The guest of the test suite: the command line names a case, which is carried out and ends the VM
+//! with code 0, or with what it provokes.
+#![no_std]
+#![no_main]
+
+extern crate alloc;
+
+mod blocks;
+mod calls;
+mod devices;
+mod faults;
+mod life;
+mod rings;
+mod soak;
+
+use alloc::format;
+use alloc::string::String;
+use guest_sdk::flat::Boot;
+
+guest_sdk::entry!(main);
+
+/// What a case returns: nothing, or what was wrong.
+type Outcome = Result<(), String>;
+
+/// A case: its stable id, and what it does.
+type Case = (&'static str, fn(&Boot) -> Outcome);
+
+/// Fails a case with a message unless the condition holds.
+#[macro_export]
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            return Err(alloc::format!($($message)+));
+        }
+    };
+}
+
+fn main(boot: &Boot) -> Outcome {
+    let wanted = boot.argument("case").unwrap_or("");
+    let all = [
+        calls::CASES,
+        life::CASES,
+        faults::CASES,
+        devices::CASES,
+        blocks::CASES,
+        rings::CASES,
+        soak::CASES,
+    ];
+    let found = all.into_iter().flatten().find(|(name, _)| *name == wanted);
+    let (_, case) = found.ok_or_else(|| format!("there is no case {wanted:?}"))?;
+    case(boot)
+}
+
+/// Turns any error into a case's message.
+fn text<E: core::fmt::Debug>(what: &'static str) -> impl FnOnce(E) -> String {
+    move |error| format!("{what}: {error:?}")
+}

@@ -1,0 +1,371 @@
+//! VMs come and go: many in one process, dropped in any state, killed with their VMM.
+
+use paravane_tests::{accels, beside, blank_image, disk, patience, suite_vm};
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use vmm_core::{
+    Accel, BuildError, ExitReason, FaultClass, Image, ImageError, Violation, VmBuilder, VmError,
+};
+
+/// Tests that count the children or descriptors of this process must be alone in it.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn children_of(pid: u32) -> Vec<u32> {
+    let mut children = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let list = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        children.extend(
+            list.split_ascii_whitespace()
+                .filter_map(|p| p.parse::<u32>().ok()),
+        );
+    }
+    children
+}
+
+fn alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // A zombie that nobody has waited for yet is dead.
+    let state = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.trim_start().chars().next());
+    state.is_some_and(|s| s != 'Z' && s != 'X')
+}
+
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + patience(30);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn many_vms_in_one_process() {
+    let _alone = alone();
+    for accel in accels().unwrap() {
+        let vms: Vec<_> = (0..8)
+            .map(|_| {
+                suite_vm("life.exit_code", accel)
+                    .unwrap()
+                    .build()
+                    .unwrap()
+                    .run()
+                    .unwrap()
+            })
+            .collect();
+        for vm in vms {
+            assert_eq!(vm.wait_timeout(patience(60)).unwrap().code(), Some(42));
+        }
+    }
+}
+
+#[test]
+fn dropping_leaves_nothing_behind() {
+    let _alone = alone();
+    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let threads = || fs::read_dir("/proc/self/task").unwrap().count();
+    for accel in accels().unwrap() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("disk.img");
+        blank_image(&image).unwrap();
+        let make = |case| {
+            suite_vm(case, accel)
+                .unwrap()
+                .block(disk(&image, &[]))
+                .build()
+                .unwrap()
+        };
+        // What is opened once per process is open after the first VM.
+        drop(make("life.spin"));
+        let before = (descriptors(), threads());
+        for round in 0..10 {
+            let vm = make("life.spin");
+            if round % 3 > 0 {
+                let handle = vm.run().unwrap();
+                if round % 3 > 1 {
+                    std::thread::sleep(Duration::from_millis(5));
+                    handle.pause().unwrap();
+                }
+                drop(handle);
+            }
+        }
+        wait_until("threads are left", || threads() <= before.1);
+        assert_eq!(descriptors(), before.0, "{accel}: descriptors are left");
+        let left: Vec<u32> = children_of(std::process::id())
+            .into_iter()
+            .filter(|p| alive(*p))
+            .collect();
+        assert!(left.is_empty(), "{accel}: children are left: {left:?}");
+    }
+}
+
+#[test]
+fn a_killed_vmm_leaves_no_child() {
+    let _alone = alone();
+    for accel in accels().unwrap() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("disk.img");
+        blank_image(&image).unwrap();
+        let mut vmm = Command::new(beside("vmm-under-test").unwrap())
+            .arg(accel.name())
+            .arg(&image)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(vmm.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        assert_eq!(line, "ticking\n");
+        let children = children_of(vmm.id());
+        // A backend, and on process the guest itself.
+        assert_eq!(
+            children.len(),
+            if accel == Accel::Process { 2 } else { 1 },
+            "{accel}"
+        );
+        assert!(children.iter().all(|child| alive(*child)));
+        vmm.kill().unwrap();
+        vmm.wait().unwrap();
+        wait_until("children outlive the VMM", || {
+            !children.iter().any(|child| alive(*child))
+        });
+    }
+}
+
+#[test]
+fn controls_after_the_end_say_so() {
+    for accel in accels().unwrap() {
+        let vm = suite_vm("life.exit_code", accel)
+            .unwrap()
+            .build()
+            .unwrap()
+            .run()
+            .unwrap();
+        assert_eq!(vm.wait_timeout(patience(60)).unwrap().code(), Some(42));
+        assert!(matches!(
+            vm.pause(),
+            Err(VmError::Ended(ExitReason::Exited(42)))
+        ));
+        assert!(matches!(
+            vm.resume(),
+            Err(VmError::Ended(ExitReason::Exited(42)))
+        ));
+        vm.stop();
+        assert_eq!(
+            vm.exit().unwrap().code(),
+            Some(42),
+            "the first reason stays"
+        );
+        assert!(matches!(
+            vm.console_input(b"x"),
+            Err(VmError::NoDevice("console"))
+        ));
+    }
+}
+
+#[test]
+fn a_paused_guest_does_not_execute() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    for accel in accels().unwrap() {
+        let ticks = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&ticks);
+        let vm = suite_vm("life.ticker", accel)
+            .unwrap()
+            .call(5, move |call| {
+                counted.fetch_add(1, Ordering::SeqCst);
+                call.finish(Ok(0));
+            })
+            .build()
+            .unwrap()
+            .run()
+            .unwrap();
+        for _ in 0..5 {
+            let before = ticks.load(Ordering::SeqCst);
+            wait_until("no ticks", || ticks.load(Ordering::SeqCst) > before + 2);
+            vm.pause().unwrap();
+            // A call that was on its way may still be carried out.
+            std::thread::sleep(Duration::from_millis(10));
+            let halted = ticks.load(Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(50));
+            assert_eq!(ticks.load(Ordering::SeqCst), halted, "{accel}");
+            vm.resume().unwrap();
+        }
+    }
+}
+
+#[test]
+fn bad_settings_are_refused_with_their_range() {
+    let builder = || VmBuilder::new(Image::from_bytes(guest_images::SUITE).unwrap());
+    let refused = |builder: VmBuilder| {
+        let error = builder.build().unwrap_err();
+        assert!(
+            matches!(
+                error,
+                BuildError::OutOfRange { .. } | BuildError::MemoryTooSmall(_)
+            ),
+            "{error}"
+        );
+    };
+    refused(builder().vcpus(0));
+    refused(builder().vcpus(65));
+    refused(builder().memory(0));
+    refused(builder().memory(1 << 20));
+    refused(builder().memory(u64::MAX));
+    refused(builder().vcpus(64).memory(8 << 20));
+    refused(builder().cmdline("x".repeat(2049)));
+    assert!(builder().cmdline("x".repeat(2048)).build().is_ok());
+    let disk = || paravane_tests::disk("/dev/null".as_ref(), &[]);
+    refused(builder().block(disk().queues(0)));
+    refused(builder().block(disk().queues(33)));
+    refused(builder().block(disk().queue_size(3)));
+    refused(builder().block(disk().queue_size(2048)));
+    refused(builder().block(disk().arena(5 << 30)));
+    refused(builder().block(disk().name("x".repeat(33))));
+    let twice = builder().call(1, drop).call(1, drop).build();
+    assert!(matches!(twice, Err(BuildError::Registry(_))));
+    let beyond = builder().call(256, drop).build();
+    assert!(matches!(beyond, Err(BuildError::Registry(_))));
+}
+
+#[test]
+fn backends_that_cannot_serve_are_named() {
+    let builder = || VmBuilder::new(Image::from_bytes(guest_images::SUITE).unwrap());
+    let failed = |config| match builder().block(config).build() {
+        Err(BuildError::Backend { name, source }) => format!("{name}: {source}"),
+        other => panic!("{other:?}"),
+    };
+    use vmm_core::BlockConfig;
+    let missing = failed(BlockConfig::spawn(|| Command::new("/no/such/daemon")));
+    assert!(missing.contains("/no/such/daemon"), "{missing}");
+    let ends = failed(BlockConfig::spawn(|| Command::new("/bin/true")));
+    assert!(ends.starts_with("disk: "), "{ends}");
+    let no_file = failed(paravane_tests::disk("/no/such/image".as_ref(), &[]));
+    assert!(no_file.starts_with("disk: "), "{no_file}");
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("nobody.sock");
+    let nobody = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    drop(nobody);
+    let started = Instant::now();
+    let refused = failed(BlockConfig::socket(&socket));
+    assert!(refused.starts_with("disk: ") && started.elapsed() < Duration::from_secs(60));
+    let image = folder.path().join("disk.img");
+    blank_image(&image).unwrap();
+    let queues = failed(paravane_tests::disk(&image, &[]).queues(3));
+    assert!(queues.contains("--num-queues"), "{queues}");
+}
+
+#[test]
+fn every_cut_of_a_real_image_is_refused() {
+    let image = guest_images::HELLO;
+    let accepted = Image::from_bytes(image).unwrap();
+    let last = accepted
+        .segments()
+        .iter()
+        .map(|s| s.file.end)
+        .max()
+        .unwrap();
+    // Every offset of the headers, then every page of the contents.
+    for len in (0..4096.min(last)).chain((4096..last).step_by(509)) {
+        let error = Image::from_bytes(&image[..len]).unwrap_err();
+        assert!(!error.to_string().is_empty());
+        assert!(!matches!(error, ImageError::Io { .. }));
+    }
+}
+
+#[test]
+fn faults_without_ptrace_are_reported_and_marked() {
+    let cases = [
+        ("fault.divide", FaultClass::Divide),
+        ("fault.breakpoint", FaultClass::Breakpoint),
+        ("fault.invalid_opcode", FaultClass::InvalidOpcode),
+        ("fault.null", FaultClass::Page),
+        ("fault.write_text", FaultClass::Page),
+        ("fault.stack_overflow", FaultClass::Page),
+        ("fault.stack_overflow_secondary", FaultClass::Page),
+        ("fault.sse", FaultClass::FloatingPoint),
+        ("fault.alignment", FaultClass::Alignment),
+        ("banned.hlt", FaultClass::Forbidden),
+    ];
+    let run = |case| {
+        let vm = suite_vm(case, Accel::Process)
+            .unwrap()
+            .self_reported_faults();
+        let vm = vm.build().unwrap().run().unwrap();
+        let report = vm.sandbox_report();
+        assert!(
+            report.missing.iter().any(|m| m.contains("self-reported")),
+            "{report:?}"
+        );
+        vm.wait_timeout(patience(60)).unwrap()
+    };
+    for (case, class) in cases {
+        match run(case) {
+            ExitReason::Fault(fault) => {
+                assert_eq!(fault.class, class, "{case}: {fault:?}");
+                assert!(fault.self_reported, "{case}");
+            }
+            other => panic!("{case}: {other:?}"),
+        }
+    }
+    let expected = ExitReason::Violation(Violation::SystemCall { number: 59 });
+    assert_eq!(run("banned.syscall").to_string(), expected.to_string());
+}
+
+#[test]
+fn the_sandbox_says_what_is_in_force() {
+    let vm = suite_vm("life.idle_forever", Accel::Process)
+        .unwrap()
+        .build()
+        .unwrap();
+    let vm = vm.run().unwrap();
+    let report = vm.sandbox_report();
+    assert!(
+        report.layers.iter().any(|l| l.starts_with("seccomp: ")),
+        "{report:?}"
+    );
+    assert!(report.claim.ends_with("weaker than hardware KVM"));
+    // What it says, the kernel says too.
+    let guest = children_of(std::process::id()).into_iter().find(|pid| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "pv-guest\n")
+    });
+    let guest = guest.expect("the guest's process");
+    let status = fs::read_to_string(format!("/proc/{guest}/status")).unwrap();
+    let field = |name: &str| {
+        let line = status
+            .lines()
+            .find(|l| l.starts_with(name))
+            .unwrap_or_default();
+        line.split_ascii_whitespace()
+            .nth(1)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    assert_eq!(field("Seccomp:"), "2");
+    assert_eq!(field("NoNewPrivs:"), "1");
+    assert_eq!(u64::from_str_radix(&field("CapEff:"), 16), Ok(0));
+    // No file of the host's, no library, no stack of the stub's: guest memory and the gate.
+    let maps = fs::read_to_string(format!("/proc/{guest}/maps")).unwrap();
+    for line in maps.lines() {
+        assert!(
+            line.contains("/memfd:pv-") || line.contains("[vsyscall]"),
+            "{line}"
+        );
+    }
+    let open = fs::read_dir(format!("/proc/{guest}/fd")).unwrap();
+    for entry in open {
+        let target = fs::read_link(entry.unwrap().path()).unwrap();
+        assert!(target.to_string_lossy().contains("[eventfd]"), "{target:?}");
+    }
+}

@@ -1,0 +1,553 @@
+//! The guest suite: every case of the guest `suite`, on every accel, each in a VM of its own with
+//! two disks behind `pv-blkd`, a console and an entropy device.
+//!
+//! Beside all of it runs, on each accel, a neighbour VM in the same process, which must not notice.
+
+use anyhow::{Context, bail, ensure};
+use libtest_mimic::{Arguments, Failed, Trial};
+use paravane_tests::{accels, blank_image, disk, patience, suite_vm};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+use vmm_core::pv_abi::call::number;
+use vmm_core::{
+    Accel, ExitReason, FaultClass, Image, LogLevel, Refusal, Violation, VmBuilder, VmHandle,
+};
+
+/// How a case has to end.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    /// Exit code 0: the guest found everything as it should be.
+    Fine,
+    /// This exit code.
+    Code(u32),
+    /// A panic.
+    Panic,
+    /// A CPU fault of this class.
+    Fault(FaultClass),
+    /// Refused as something that a flat guest may not do, in whichever way the accel sees it.
+    Forbidden,
+    /// A call with a frame that does not exist.
+    BadFrameIndex,
+    /// Does not end: the host pauses, resumes and stops it.
+    Endless,
+}
+use End::{BadFrameIndex, Code, Endless, Fault, Fine, Forbidden, Panic};
+
+/// Every case, by stable id.
+const CASES: &[(&str, End)] = &[
+    ("call.nop", Fine),
+    ("call.unknown", Fine),
+    ("call.bad_frame", Fine),
+    ("call.unused_arguments", Fine),
+    ("call.negotiate_twice", Fine),
+    ("call.log_limits", Fine),
+    ("call.clock", Fine),
+    ("call.multicall", Fine),
+    ("call.multicall_bad", Fine),
+    ("call.embedder", Fine),
+    ("call.embedder_later", Fine),
+    ("call.embedder_refused", Fine),
+    ("call.embedder_dropped", Fine),
+    ("call.embedder_bad_address", Fine),
+    ("call.frame_index", BadFrameIndex),
+    ("call.second_frame", Fine),
+    ("call.checkpoint_refused", Fine),
+    ("life.boot_block", Fine),
+    ("life.start_state", Fine),
+    ("life.exit_code", Code(42)),
+    ("life.panic", Panic),
+    ("life.allocator", Fine),
+    ("life.floating_point", Fine),
+    ("life.idle_times_out", Fine),
+    ("life.idle_short", Fine),
+    ("life.spin", Endless),
+    ("life.idle_forever", Endless),
+    ("life.bad_doorbells", Fine),
+    ("life.doorbell_storm", Fine),
+    ("life.log_storm", Fine),
+    ("smp.start_all", Fine),
+    ("smp.wake", Fine),
+    ("smp.bad_start", Fine),
+    ("smp.exit_from_secondary", Code(7)),
+    ("fault.divide", Fault(FaultClass::Divide)),
+    ("fault.divide_overflow", Fault(FaultClass::Divide)),
+    ("fault.debug", Fault(FaultClass::Debug)),
+    ("fault.icebp", Fault(FaultClass::Debug)),
+    ("fault.breakpoint", Fault(FaultClass::Breakpoint)),
+    ("fault.invalid_opcode", Fault(FaultClass::InvalidOpcode)),
+    ("fault.null", Fault(FaultClass::Page)),
+    ("fault.unmapped", Fault(FaultClass::Page)),
+    ("fault.past_the_image", Fault(FaultClass::Page)),
+    ("fault.kernel_half", Fault(FaultClass::Page)),
+    ("fault.monitor", Fault(FaultClass::Page)),
+    ("fault.page_tables", Fault(FaultClass::Page)),
+    ("fault.write_gate", Fault(FaultClass::Page)),
+    ("fault.write_boot_block", Fault(FaultClass::Page)),
+    ("fault.write_device_table", Fault(FaultClass::Page)),
+    ("fault.write_clock", Fault(FaultClass::Page)),
+    ("fault.write_text", Fault(FaultClass::Page)),
+    ("fault.write_rodata", Fault(FaultClass::Page)),
+    ("fault.jump_data", Fault(FaultClass::Page)),
+    ("fault.jump_stack", Fault(FaultClass::Page)),
+    ("fault.jump_arena", Fault(FaultClass::Page)),
+    ("fault.jump_control", Fault(FaultClass::Page)),
+    ("fault.jump_null", Fault(FaultClass::Page)),
+    ("fault.stack_overflow", Fault(FaultClass::Page)),
+    ("fault.stack_overflow_secondary", Fault(FaultClass::Page)),
+    ("fault.non_canonical", Fault(FaultClass::Protection)),
+    ("fault.non_canonical_jump", Fault(FaultClass::Protection)),
+    ("fault.alignment", Fault(FaultClass::Alignment)),
+    ("fault.aligned_sse", Fault(FaultClass::Protection)),
+    ("fault.x87", Fault(FaultClass::FloatingPoint)),
+    ("fault.sse", Fault(FaultClass::FloatingPoint)),
+    ("fault.empty_slot", Fault(FaultClass::InvalidOpcode)),
+    ("fault.bad_segment", Fault(FaultClass::Protection)),
+    ("banned.hlt", Forbidden),
+    ("banned.cli", Forbidden),
+    ("banned.sti", Forbidden),
+    ("banned.in", Forbidden),
+    ("banned.out", Forbidden),
+    ("banned.gate_port_byte", Forbidden),
+    ("banned.gate_port_in", Forbidden),
+    ("banned.fault_port", Forbidden),
+    ("banned.int80", Forbidden),
+    ("banned.int_2", Forbidden),
+    ("banned.syscall", Forbidden),
+    ("banned.rdmsr", Forbidden),
+    ("banned.mov_cr3", Forbidden),
+    ("banned.lgdt", Forbidden),
+    ("banned.invlpg", Forbidden),
+    ("banned.iopl", Forbidden),
+    ("device.table", Fine),
+    ("device.no_such_device", Fine),
+    ("device.bad_setup_address", Fine),
+    ("device.bad_setup_length", Fine),
+    ("device.bad_queue_sizes", Fine),
+    ("device.bad_queue_addresses", Fine),
+    ("device.bad_vcpus_and_counts", Fine),
+    ("device.features_not_offered", Fine),
+    ("device.active_twice", Fine),
+    ("device.reset_any_state", Fine),
+    ("device.config_write", Fine),
+    ("device.table_is_alone", Fine),
+    ("console.output", Fine),
+    ("console.echo", Fine),
+    ("rng.fill", Fine),
+    ("block.read_write", Fine),
+    ("block.sizes", Fine),
+    ("block.depth", Fine),
+    ("block.identify", Fine),
+    ("block.out_of_range", Fine),
+    ("block.read_only", Fine),
+    ("block.discard", Fine),
+    ("block.two_queues", Fine),
+    ("block.two_vcpus", Fine),
+    ("block.futures", Fine),
+    ("block.reopen", Fine),
+    ("block.disk_full", Fine),
+    ("block.truncated", Fine),
+    ("ring.good", Fine),
+    ("ring.private_ram", Fine),
+    ("ring.other_arena", Fine),
+    ("ring.unmapped", Fine),
+    ("ring.monitor", Fine),
+    ("ring.wrapping_address", Fine),
+    ("ring.past_the_arena", Fine),
+    ("ring.loop_of_one", Fine),
+    ("ring.loop_of_two", Fine),
+    ("ring.next_out_of_range", Fine),
+    ("ring.head_out_of_range", Fine),
+    ("ring.over_long", Fine),
+    ("ring.indirect_in_indirect", Fine),
+    ("ring.indirect_loop", Fine),
+    ("ring.indirect_odd_length", Fine),
+    ("ring.indirect_empty", Fine),
+    ("ring.indirect_huge", Fine),
+    ("ring.index_jump", Fine),
+    ("ring.same_head_twice", Fine),
+    ("ring.readable_after_writable", Fine),
+    ("ring.no_status_byte", Fine),
+    ("ring.short_header", Fine),
+    ("soak.kill", Fine),
+    ("inert.never_starts", Fine),
+];
+
+/// Times that `soak.kill` kills the backend.
+const KILLS: u64 = 25;
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::from_args();
+    let accels = accels()?;
+    let skipped: Arc<Mutex<Vec<String>>> = Arc::default();
+    let neighbours = if arguments.list {
+        Vec::new()
+    } else {
+        accels
+            .iter()
+            .map(|a| Neighbour::start(*a))
+            .collect::<anyhow::Result<Vec<_>>>()?
+    };
+    let mut trials = Vec::new();
+    for accel in &accels {
+        for (case, end) in CASES {
+            let (accel, skipped) = (*accel, Arc::clone(&skipped));
+            trials.push(Trial::test(format!("{accel}::{case}"), move || {
+                run(case, *end, accel, &skipped).map_err(|e| Failed::from(format!("{e:#}")))
+            }));
+        }
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if !arguments.list {
+        for accel in &accels {
+            println!("suite on {accel}: {} cases", CASES.len());
+        }
+        for line in skipped
+            .lock()
+            .map_err(|_| anyhow::anyhow!("poisoned"))?
+            .iter()
+        {
+            println!("SKIPPED: {line}");
+        }
+        for neighbour in neighbours {
+            neighbour.finish()?;
+        }
+    }
+    conclusion.exit()
+}
+
+fn run(case: &str, end: End, accel: Accel, skipped: &Mutex<Vec<String>>) -> anyhow::Result<()> {
+    if case == "inert.never_starts" {
+        return never_starts(accel);
+    }
+    let folder = tempfile::tempdir()?;
+    let image = folder.path().join("disk.img");
+    let mut tmpfs = None;
+    let image = if case == "block.disk_full" {
+        match Tmpfs::mount(folder.path()) {
+            Ok(mount) => {
+                let image = mount.0.join("disk.img");
+                tmpfs = Some(mount);
+                image
+            }
+            Err(error) => {
+                if let Ok(mut list) = skipped.lock() {
+                    list.push(format!("{accel}::{case}: no tmpfs to fill: {error}"));
+                }
+                return Ok(());
+            }
+        }
+    } else {
+        image
+    };
+    blank_image(&image)?;
+    let other = folder.path().join("other.img");
+    blank_image(&other)?;
+    let arguments: &[&str] = if case == "block.read_only" {
+        &["--read-only"]
+    } else {
+        &[]
+    };
+    let transcript = Transcript::default();
+    let soak = Arc::new(Soak::default());
+    let builder = suite_vm(case, accel)?
+        .block(disk(&image, arguments).name("disk"))
+        .block(disk(&other, &[]).name("other"))
+        .rng();
+    let builder = transcript.attach(calls(builder, &image, &soak));
+    let vm = builder.build().context("build")?.run().context("run")?;
+    let vm = Arc::new(vm);
+    let _ = soak.vm.set(Arc::downgrade(&vm));
+    if case == "console.echo" {
+        vm.console_input(b"hello, guest\n")?;
+    }
+    let reason = match end {
+        Endless => endless(&vm)?,
+        _ => {
+            let limit = patience(if case == "soak.kill" { 120 } else { 60 });
+            vm.wait_timeout(limit)
+                .with_context(|| format!("not within {limit:?}"))?
+        }
+    };
+    check(end, &reason).with_context(|| transcript.log())?;
+    match case {
+        "console.output" => {
+            let bytes = transcript.console();
+            ensure!(
+                bytes.starts_with(b"line 0\nline 1\n"),
+                "console began otherwise"
+            );
+            ensure!(bytes.ends_with(&[b'x'; 10_000]), "console ended otherwise");
+        }
+        "console.echo" => {
+            let bytes = transcript.console();
+            ensure!(
+                bytes == b"\ntseug ,olleh",
+                "echo: {:?}",
+                String::from_utf8_lossy(&bytes)
+            );
+        }
+        "soak.kill" => {
+            let kills = soak.kills.load(Ordering::Relaxed);
+            let stats = vm.stats();
+            ensure!(kills >= KILLS, "only {kills} kills");
+            ensure!(stats.backend_reconnects >= KILLS, "{stats:?}");
+            println!(
+                "{accel}::soak.kill: {kills} kills, {} writes verified, {} losses, {} reconnects",
+                soak.writes.load(Ordering::Relaxed),
+                stats.backend_losses,
+                stats.backend_reconnects
+            );
+        }
+        "life.bad_doorbells" => {
+            let bad = vm.stats().bad_doorbells;
+            ensure!(bad == 9, "{bad} bad doorbells were counted");
+        }
+        "life.log_storm" => {
+            let dropped = vm.stats().log_dropped;
+            ensure!(dropped > 0, "no log line was dropped");
+        }
+        _ => {}
+    }
+    drop(vm);
+    drop(tmpfs);
+    Ok(())
+}
+
+fn check(end: End, reason: &ExitReason) -> anyhow::Result<()> {
+    let right = match end {
+        Fine => reason.code() == Some(0),
+        Code(code) => reason.code() == Some(code),
+        Panic => matches!(reason, ExitReason::Panicked(m) if m.contains("as the case wants")),
+        Fault(class) => reason.fault_class() == Some(class),
+        Forbidden => match reason {
+            ExitReason::Fault(fault) => fault.class == FaultClass::Forbidden,
+            ExitReason::Violation(violation) => {
+                matches!(
+                    violation,
+                    Violation::SystemCall { .. } | Violation::BadPort { .. }
+                )
+            }
+            _ => false,
+        },
+        BadFrameIndex => {
+            matches!(
+                reason,
+                ExitReason::Violation(Violation::BadFrameIndex { index: 7 })
+            )
+        }
+        Endless => matches!(reason, ExitReason::Stopped),
+    };
+    ensure!(right, "expected {end:?}, the guest {reason} ({reason:?})");
+    Ok(())
+}
+
+/// Pauses, resumes and stops a guest that never ends by itself.
+fn endless(vm: &VmHandle) -> anyhow::Result<ExitReason> {
+    let limit = Instant::now() + patience(30);
+    while !vm.stats().calls.contains_key(&number::NEGOTIATE) {
+        ensure!(Instant::now() < limit, "it did not negotiate");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    for _ in 0..3 {
+        vm.pause()?;
+        std::thread::sleep(Duration::from_millis(5));
+        vm.resume()?;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    vm.pause()?;
+    vm.stop();
+    vm.wait_timeout(patience(30)).context("it did not stop")
+}
+
+fn never_starts(accel: Accel) -> anyhow::Result<()> {
+    let vm = VmBuilder::new(Image::from_bytes(guest_images::INERT)?)
+        .accel(accel)
+        .boot_deadline(Duration::from_millis(100))
+        .build()?
+        .run()?;
+    let reason = vm
+        .wait_timeout(patience(30))
+        .context("the deadline passed unnoticed")?;
+    let expected = Violation::NeverStarted { deadline_ms: 100 };
+    match reason {
+        ExitReason::Violation(violation) if violation == expected => Ok(()),
+        other => bail!("{other:?}"),
+    }
+}
+
+/// What the guest said.
+#[derive(Clone, Default)]
+struct Transcript {
+    log: Arc<Mutex<Vec<String>>>,
+    console: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Transcript {
+    fn attach(&self, builder: VmBuilder) -> VmBuilder {
+        let (log, console) = (Arc::clone(&self.log), Arc::clone(&self.console));
+        builder
+            .log(move |level, line| {
+                if let Ok(mut log) = log.lock()
+                    && (level <= LogLevel::Info || log.len() < 10)
+                {
+                    log.push(format!("{level:?}: {line}"));
+                }
+            })
+            .console_callback(move |bytes| {
+                if let Ok(mut console) = console.lock() {
+                    console.extend_from_slice(bytes);
+                }
+            })
+    }
+
+    fn log(&self) -> String {
+        self.log.lock().map(|l| l.join("; ")).unwrap_or_default()
+    }
+
+    fn console(&self) -> Vec<u8> {
+        self.console.lock().map(|c| c.clone()).unwrap_or_default()
+    }
+}
+
+#[derive(Default)]
+struct Soak {
+    vm: OnceLock<std::sync::Weak<VmHandle>>,
+    last_pid: AtomicU64,
+    kills: AtomicU64,
+    writes: AtomicU64,
+}
+
+impl Soak {
+    /// Kills the backend of the first disk, if it is one that has not been killed yet.
+    fn kill(&self) -> Option<u64> {
+        let vm = self.vm.get()?.upgrade()?;
+        let pid = *vm.backend_pids().first()?;
+        if pid != 0 && self.last_pid.swap(pid.into(), Ordering::Relaxed) != u64::from(pid) {
+            kill_9(pid);
+            self.kills.fetch_add(1, Ordering::Relaxed);
+        }
+        Some(u64::from(self.kills.load(Ordering::Relaxed) >= KILLS))
+    }
+}
+
+#[allow(unsafe_code)]
+fn kill_9(pid: u32) {
+    // SAFETY: a signal to a process that this test's VM supervises.
+    unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
+}
+
+/// The embedder's calls that the cases make.
+fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
+    let (image, soak): (PathBuf, _) = (image.into(), Arc::clone(soak));
+    builder
+        .call(0, |call| {
+            let sum = call.args().iter().sum();
+            call.finish(Ok(sum));
+        })
+        .call(1, |call| {
+            let [gpa, len, ..] = call.args();
+            let mut bytes = vec![0; usize::try_from(len).unwrap_or(0).min(4096)];
+            let result = call.read(gpa, &mut bytes).and_then(|()| {
+                bytes.reverse();
+                call.write(gpa, &bytes)
+            });
+            call.finish(result.map(|()| len).map_err(Refusal::from));
+        })
+        .call(2, |call| {
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(30));
+                let [value, ..] = call.args();
+                call.finish(Ok(value * 2));
+            });
+        })
+        .call(3, |call| {
+            let [code, ..] = call.args();
+            call.finish(Err(Refusal::code(code)));
+        })
+        .call(4, drop)
+        .call(6, move |call| {
+            let cut = std::fs::OpenOptions::new().write(true).open(&image);
+            let cut = cut.and_then(|file| file.set_len(1 << 20));
+            call.finish(cut.map(|()| 0).map_err(|_| Refusal::code(1)));
+        })
+        .call(7, move |call| {
+            let [completed, ..] = call.args();
+            soak.writes.store(completed, Ordering::Relaxed);
+            let enough = soak.kill().unwrap_or(0);
+            call.finish(Ok(enough));
+        })
+}
+
+/// A small file system to be filled.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    #[allow(unsafe_code)]
+    fn mount(folder: &Path) -> std::io::Result<Tmpfs> {
+        let at = folder.join("small");
+        std::fs::create_dir(&at)?;
+        let target = std::ffi::CString::new(at.as_os_str().as_encoded_bytes())?;
+        let (kind, options) = (c"tmpfs".as_ptr(), c"size=6m".as_ptr());
+        // SAFETY: four valid strings.
+        let r = unsafe { libc::mount(kind, target.as_ptr(), kind, 0, options.cast()) };
+        if r == 0 {
+            Ok(Tmpfs(at))
+        } else {
+            Err(std::io::Error::last_os_error())
+        }
+    }
+}
+
+impl Drop for Tmpfs {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        if let Ok(target) = std::ffi::CString::new(self.0.as_os_str().as_encoded_bytes()) {
+            // SAFETY: a valid string.
+            unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+        }
+    }
+}
+
+/// Another VM of this process, which goes on with its own business.
+struct Neighbour {
+    vm: VmHandle,
+    ticks: Arc<AtomicU64>,
+    accel: Accel,
+}
+
+impl Neighbour {
+    fn start(accel: Accel) -> anyhow::Result<Neighbour> {
+        let ticks: Arc<AtomicU64> = Arc::default();
+        let counted = Arc::clone(&ticks);
+        let vm = suite_vm("life.ticker", accel)?
+            .call(5, move |call| {
+                counted.fetch_add(1, Ordering::Relaxed);
+                call.finish(Ok(0));
+            })
+            .build()?
+            .run()?;
+        Ok(Neighbour { vm, ticks, accel })
+    }
+
+    fn finish(self) -> anyhow::Result<()> {
+        let before = self.ticks.load(Ordering::Relaxed);
+        std::thread::sleep(patience(1) / 4);
+        let after = self.ticks.load(Ordering::Relaxed);
+        ensure!(
+            after > before,
+            "the neighbour on {} stands still",
+            self.accel
+        );
+        if let Some(reason) = self.vm.exit() {
+            bail!("the neighbour on {} has ended: {reason}", self.accel);
+        }
+        self.vm.stop();
+        println!(
+            "the neighbour on {} ticked {after} times and noticed nothing",
+            self.accel
+        );
+        Ok(())
+    }
+}
