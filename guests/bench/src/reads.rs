@@ -109,7 +109,10 @@ impl Reader {
             done.result?;
             got += 1;
             outcome.done += 1;
-            let at = self.flying.iter().position(|(token, _)| *token == done.token);
+            let at = self
+                .flying
+                .iter()
+                .position(|(token, _)| *token == done.token);
             let place = at.map(|at| self.flying.swap_remove(at).1);
             // Every block of the disk begins with its own number.
             let mut head = [0; 8];
