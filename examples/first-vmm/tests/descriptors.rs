@@ -1,0 +1,126 @@
+//! The descriptor budget of a VM, as `docs/THREAT_MODEL.md` states it, counted.
+//!
+//! One test in a process of its own: anything else that runs here would be counted too.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use vmm_core::{Accel, BlockConfig, Image, VmBuilder};
+
+/// The shape of a VM.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    vcpus: u32,
+    /// Queues of each block device.
+    blocks: &'static [u16],
+    console: bool,
+    rng: bool,
+    memory: u64,
+}
+
+/// What is open while a VM of this shape is built and its guest has not started.
+fn budget(accel: Accel, shape: Shape) -> usize {
+    let vcpus = shape.vcpus as usize;
+    let blocks = shape.blocks.len();
+    let local = usize::from(shape.console) + usize::from(shape.rng);
+    let devices = blocks + local;
+    let queues = shape.blocks.iter().map(|q| usize::from(*q)).sum::<usize>()
+        + 2 * usize::from(shape.console)
+        + usize::from(shape.rng);
+    let arenas = blocks + usize::from(local > 0);
+    let events = 2 * queues + devices + vcpus;
+    let common = events + 1 + 2 * arenas + 4 + 5 * blocks + usize::from(shape.console);
+    common
+        + match accel {
+            Accel::Kvm => 1 + 2 * vcpus,
+            // The guest's memory is in files, so that its process can map it.
+            _ => 2 + 2 + 2 * usize::from(shape.memory > (3 << 30) - (16 << 20)) + 2 + 1,
+        }
+}
+
+fn build(accel: Accel, shape: Shape, disk: &std::path::Path) -> vmm_core::Vm {
+    let image = Image::from_bytes(guest_images::FIRST_GUEST).expect("the guest");
+    let mut builder = VmBuilder::new(image)
+        .accel(accel)
+        .vcpus(shape.vcpus)
+        .memory(shape.memory);
+    if shape.console {
+        builder = builder.console(io::sink());
+    }
+    if shape.rng {
+        builder = builder.rng();
+    }
+    for queues in shape.blocks {
+        let (disk, queues) = (disk.to_owned(), *queues);
+        let backend = BlockConfig::spawn(move || {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_first-vmm"));
+            command.arg0("pv-blkd").arg("--blk-file").arg(&disk);
+            command.args(["--num-queues", &queues.to_string()]);
+            command
+        });
+        builder = builder.block(backend.queues(queues));
+    }
+    builder.build().expect("the VM")
+}
+
+fn open_descriptors() -> usize {
+    // Less the one with which the directory is read.
+    std::fs::read_dir("/proc/self/fd").expect("/proc").count() - 1
+}
+
+#[test]
+fn a_vm_holds_the_descriptors_that_the_threat_model_says() {
+    let disk = tempfile::NamedTempFile::new().expect("a temporary file");
+    disk.as_file().set_len(1 << 20).expect("1 MiB");
+    let small = Shape {
+        vcpus: 1,
+        blocks: &[],
+        console: false,
+        rng: false,
+        memory: 16 << 20,
+    };
+    let shapes = [
+        small,
+        Shape { vcpus: 4, ..small },
+        Shape {
+            console: true,
+            rng: true,
+            ..small
+        },
+        Shape {
+            vcpus: 2,
+            blocks: &[1, 4],
+            console: true,
+            ..small
+        },
+        Shape {
+            memory: 4 << 30,
+            blocks: &[2],
+            ..small
+        },
+    ];
+    let forced = std::env::var("PV_ACCEL").unwrap_or_default();
+    for accel in [Accel::Kvm, Accel::Process] {
+        if !["", "all", accel.name()].contains(&forced.as_str()) {
+            continue;
+        }
+        if let Err(why) = accel.check() {
+            assert!(forced.is_empty(), "{accel} was asked for: {why}");
+            println!("SKIPPED: everything on {accel}: {why}");
+            continue;
+        }
+        // What a process opens once, for all its VMs.
+        drop(build(accel, small, disk.path()));
+        let before = open_descriptors();
+        for shape in shapes {
+            let vm = build(accel, shape, disk.path());
+            assert_eq!(
+                open_descriptors() - before,
+                budget(accel, shape),
+                "{accel} {shape:?}"
+            );
+            drop(vm);
+            assert_eq!(open_descriptors(), before, "{accel} {shape:?}: left behind");
+        }
+    }
+}
