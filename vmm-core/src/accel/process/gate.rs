@@ -7,6 +7,9 @@ use pv_abi::gate::{SLOT_COUNT, SLOT_SIZE, WAKE_DOORBELL};
 use pv_abi::layout::{GATE_BASE, GATE_LEN};
 use std::arch::global_asm;
 
+// The assembly below counts on both.
+const _: () = assert!(SLOT_SIZE == 64 && SLOT_COUNT == 16);
+
 /// Where the gate's data lies: read-only for the guest.
 pub(super) const DATA: u64 = GATE_BASE + 0x2000;
 /// Where the filter program's header lies; the program follows it.
@@ -351,5 +354,3 @@ mod tests {
         }
     }
 }
-
-const _: () = assert!(SLOT_SIZE == 64 && SLOT_COUNT == 16);

@@ -131,10 +131,8 @@ pub(super) fn start(descriptors: Vec<Option<RawFd>>, base: RawFd) -> io::Result<
     match RawFd::try_from(pidfd) {
         Ok(fd) if fd >= 0 => {
             // SAFETY: fresh, owned by nobody else; the kernel makes it close-on-exec.
-            Ok(Child {
-                pid,
-                pidfd: unsafe { OwnedFd::from_raw_fd(fd) },
-            })
+            let pidfd = unsafe { OwnedFd::from_raw_fd(fd) };
+            Ok(Child { pid, pidfd })
         }
         _ => {
             let error = io::Error::last_os_error();

@@ -1,6 +1,4 @@
 //! Keeping a backend behind a device: spawn or connect, notice loss, start over.
-#![allow(unsafe_code)]
-// UNSAFETY: poll has no wrapper.
 
 use super::frontend::VhostBlock;
 use super::spawn::BackendProcess;
@@ -12,13 +10,17 @@ use crate::vm::VmEvent;
 use crate::vm::events::signal;
 use crate::vm::stats::Counters;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Marks the order to stop among the epoll's data.
+const STOP: u64 = 1;
 
 /// Where an embedder hears of losses and reconnects.
 pub(crate) type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;
@@ -191,37 +193,38 @@ impl Keeper {
 
     /// Waits until the peer hangs up. `true`: told to stop instead.
     fn wait_for_loss(&self, stream: &UnixStream) -> bool {
-        loop {
-            let entry = |fd, events| libc::pollfd {
-                fd,
-                events,
-                revents: 0,
-            };
-            let mut fds = [
-                entry(stream.as_raw_fd(), libc::POLLRDHUP),
-                entry(self.stop.as_raw_fd(), libc::POLLIN),
-            ];
-            // SAFETY: `fds` is an array of two valid entries.
-            let count = unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
-            let [peer, stop] = fds;
-            if stop.revents != 0 {
-                return true;
-            }
-            if count > 0 && peer.revents != 0 {
-                return false;
-            }
-        }
+        // What the peer sends is the replies that the frontend waits for; only its end is news here.
+        self.wait(Some((stream.as_raw_fd(), EventSet::READ_HANG_UP)), None)
     }
 
     /// Sleeps. `true`: told to stop.
     fn sleep(&self, pause: Duration) -> bool {
-        let mut entry = libc::pollfd {
-            fd: self.stop.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
+        self.wait(None, Some(pause))
+    }
+
+    /// Waits for another event, a time limit, or the order to stop, which is what `true` means.
+    fn wait(&self, other: Option<(RawFd, EventSet)>, limit: Option<Duration>) -> bool {
+        let waited = || -> io::Result<bool> {
+            let epoll = Epoll::new()?;
+            let stop = EpollEvent::new(EventSet::IN, STOP);
+            epoll.ctl(ControlOperation::Add, self.stop.as_raw_fd(), stop)?;
+            if let Some((fd, events)) = other {
+                epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0))?;
+            }
+            let millis = limit.map_or(-1, |l| i32::try_from(l.as_millis()).unwrap_or(i32::MAX));
+            loop {
+                let mut ready = [EpollEvent::default(); 2];
+                match epoll.wait(millis, &mut ready) {
+                    Ok(count) => return Ok(ready.iter().take(count).any(|e| e.data() == STOP)),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
         };
-        let millis = i32::try_from(pause.as_millis()).unwrap_or(i32::MAX);
-        // SAFETY: one valid entry.
-        unsafe { libc::poll(&raw mut entry, 1, millis) > 0 }
+        waited().unwrap_or_else(|error| {
+            // Without a way to wait there is no way to supervise: give the backend up.
+            tracing::error!(%error, "the backend can no longer be watched");
+            true
+        })
     }
 }
