@@ -267,6 +267,25 @@ fn backends_that_cannot_serve_are_named() {
 }
 
 #[test]
+fn a_handler_that_panics_ends_its_own_vm_only() {
+    for accel in accels().unwrap() {
+        let vm = suite_vm("life.ticker", accel)
+            .unwrap()
+            .call(5, |_| panic!("in a handler"));
+        let vm = vm.build().unwrap().run().unwrap();
+        let reason = vm.wait_timeout(patience(30)).unwrap();
+        assert!(matches!(&reason, ExitReason::Host(e) if e.to_string().contains("panicked")));
+        let other = suite_vm("call.nop", accel)
+            .unwrap()
+            .build()
+            .unwrap()
+            .run()
+            .unwrap();
+        assert_eq!(other.wait_timeout(patience(30)).unwrap().code(), Some(0));
+    }
+}
+
+#[test]
 fn every_cut_of_a_real_image_is_refused() {
     let image = guest_images::HELLO;
     let accepted = Image::from_bytes(image).unwrap();

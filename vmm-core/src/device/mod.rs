@@ -139,6 +139,7 @@ impl Slot {
 
     /// `DEVICE_ACTIVATE`: freezes the queues and has them served.
     pub(crate) fn activate(&self, setup: Setup, wait_for: WaitFor<'_>) -> Result<u32, Status> {
+        let _span = tracing::debug_span!("activate", device = self.info.index).entered();
         let mut guard = self.lock();
         let state = &mut *guard;
         match state.state {
@@ -192,6 +193,7 @@ impl Slot {
 
     /// `DEVICE_RESET`: nothing touches the queues once this has returned.
     pub(crate) fn reset(&self) -> Result<DeviceState, Status> {
+        let _span = tracing::debug_span!("reset", device = self.info.index).entered();
         let mut state = self.lock();
         if state.state == DeviceState::Active {
             if let Some(backend) = state.backend.as_mut() {

@@ -5,8 +5,26 @@ use crate::accel::{Reporter, Vcpu, VcpuExit};
 use crate::fault::ExitReason;
 use std::sync::Arc;
 
+/// Says that the thread is done, however it ends.
+struct Done<'a> {
+    shared: &'a Shared,
+    slot: usize,
+}
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Only the embedder's own code (a call handler, a log sink) can panic here.
+            let error = std::io::Error::other("a handler of the embedder's panicked");
+            self.shared.finish(ExitReason::Host(Arc::new(error)));
+        }
+        self.shared.thread_done(self.slot);
+    }
+}
+
 pub(super) fn main(shared: &Shared, index: u32, mut vcpu: Box<dyn Vcpu>) {
     let slot = usize::try_from(index).unwrap_or(usize::MAX);
+    let _done = Done { shared, slot };
     if let Some(state) = shared.wait_for_start(slot) {
         let span = tracing::debug_span!("vcpu", index);
         let _entered = span.enter();
@@ -15,7 +33,6 @@ pub(super) fn main(shared: &Shared, index: u32, mut vcpu: Box<dyn Vcpu>) {
             Err(error) => shared.host_error(error),
         }
     }
-    shared.thread_done(slot);
 }
 
 fn run(shared: &Shared, index: u32, slot: usize, vcpu: &mut dyn Vcpu) {

@@ -171,7 +171,11 @@ impl KvmVcpu {
         registers.rsp = frame.rsp;
         let vector = u8::try_from(frame.vector).unwrap_or(u8::MAX);
         let cr2 = self.fd.get_sregs().map_err(errno)?.cr2;
-        let class = if vector == 14 && frame.rip == SYSCALL_SENTINEL {
+        let syscall = vector == 14 && frame.rip == SYSCALL_SENTINEL;
+        // The error code names an IDT gate, and no external event: an `INT n` whose gate is not the
+        // guest's. Where KVM had to inject it anew on a CPU without NRIPS, RIP is already past it.
+        let int_n = vector == 13 && frame.error & 0b11 == 0b10;
+        let class = if syscall || int_n {
             FaultClass::Forbidden
         } else {
             classify(vector, &self.code_at(frame.rip))

@@ -97,6 +97,7 @@ impl Drop for Link {
 impl Keeper {
     fn run(self, first: &mpsc::Sender<io::Result<()>>) {
         let device = self.slot.info.index;
+        let _span = tracing::debug_span!("backend", device).entered();
         let mut connected = match self.first_connection() {
             Ok((connection, backend, offer)) => {
                 let ready = self.slot.backend_ready(Box::new(backend), offer);
