@@ -84,7 +84,7 @@ const DROPPED: &[&str] = &[
 ///
 /// ```no_run
 /// # fn main() -> Result<(), guest_build::BuildError> {
-/// let guest = guest_build::GuestBuild::new("guests").package("hello").build()?;
+/// let guest = guest_build::GuestBuild::new("guests").package("first-guest").build()?;
 /// println!("{}: {} functions", guest.path.display(), guest.report.functions);
 /// # Ok(())
 /// # }

@@ -15,14 +15,14 @@
 //!
 //! ```no_run
 //! # fn main() -> Result<(), guest_build::BuildError> {
-//! let elf = guest_build::GuestBuild::new("../guests").package("hello").build()?;
+//! let elf = guest_build::GuestBuild::new("../guests").package("first-guest").build()?;
 //! elf.emit_rerun_if_changed();
-//! std::fs::write("hello.elf", &elf.bytes).unwrap();
+//! std::fs::write("first-guest.elf", &elf.bytes).unwrap();
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! By hand: `guest-build check hello.elf`.
+//! By hand: `guest-build check first-guest.elf`.
 #![forbid(unsafe_code)]
 
 mod cargo;

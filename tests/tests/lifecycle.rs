@@ -287,7 +287,7 @@ fn a_handler_that_panics_ends_its_own_vm_only() {
 
 #[test]
 fn every_cut_of_a_real_image_is_refused() {
-    let image = guest_images::HELLO;
+    let image = guest_images::FIRST_GUEST;
     let accepted = Image::from_bytes(image).unwrap();
     let last = accepted
         .segments()
@@ -313,8 +313,7 @@ fn faults_without_ptrace_are_reported_and_marked() {
         ("fault.write_text", FaultClass::Page),
         ("fault.stack_overflow", FaultClass::Page),
         ("fault.stack_overflow_secondary", FaultClass::Page),
-        ("fault.sse", FaultClass::FloatingPoint),
-        ("fault.alignment", FaultClass::Alignment),
+        ("fault.x87", FaultClass::FloatingPoint),
         ("banned.hlt", FaultClass::Forbidden),
     ];
     let run = |case| {

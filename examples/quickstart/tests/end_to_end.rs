@@ -157,7 +157,7 @@ fn other_guests() {
     let same = dir.path().join("quickstart.elf");
     fs::write(&same, guest_images::QUICKSTART).unwrap();
     let hello = dir.path().join("hello.elf");
-    fs::write(&hello, guest_images::HELLO).unwrap();
+    fs::write(&hello, guest_images::FIRST_GUEST).unwrap();
     let junk = dir.path().join("junk.elf");
     fs::write(&junk, "not an ELF file").unwrap();
     for accel in accels() {

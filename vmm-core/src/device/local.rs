@@ -43,36 +43,50 @@ pub(crate) struct LocalThread {
 /// Periodic work of a VM, on the same thread: `every` apart.
 pub(crate) type Periodic = (std::time::Duration, Box<dyn FnMut() + Send>);
 
+/// Starts a [`LocalThread`]'s thread.
+pub(crate) struct Starter(Box<dyn FnOnce() -> io::Result<JoinHandle<()>> + Send>);
+
 impl LocalThread {
-    pub(crate) fn start(mut periodic: Periodic) -> io::Result<LocalThread> {
+    /// The loop, and what starts it: at once where devices are in it, after the vCPUs where it has
+    /// but the clock to look after.
+    pub(crate) fn new(mut periodic: Periodic) -> io::Result<(LocalThread, Starter)> {
         let mut manager = EventManager::<Boxed>::new().map_err(other)?;
         let endpoint = Arc::new(Mutex::new(manager.remote_endpoint()));
         let stop = Arc::new(AtomicBool::new(false));
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         manager.add_subscriber(Box::new(Waker(wake.try_clone()?)));
         let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("pv-devices".into())
-            .spawn(move || {
-                let millis = i32::try_from(periodic.0.as_millis()).unwrap_or(i32::MAX);
-                let mut next = std::time::Instant::now() + periodic.0;
-                while !stopped.load(Ordering::Acquire) {
-                    if let Err(error) = manager.run_with_timeout(millis) {
-                        tracing::error!(?error, "the device loop failed");
-                        return;
-                    }
-                    if std::time::Instant::now() >= next {
-                        (periodic.1)();
-                        next = std::time::Instant::now() + periodic.0;
-                    }
+        let body = move || {
+            let millis = i32::try_from(periodic.0.as_millis()).unwrap_or(i32::MAX);
+            let mut next = std::time::Instant::now() + periodic.0;
+            while !stopped.load(Ordering::Acquire) {
+                if let Err(error) = manager.run_with_timeout(millis) {
+                    tracing::error!(?error, "the device loop failed");
+                    return;
                 }
-            })?;
-        Ok(LocalThread {
+                if std::time::Instant::now() >= next {
+                    (periodic.1)();
+                    next = std::time::Instant::now() + periodic.0;
+                }
+            }
+        };
+        let start = || {
+            std::thread::Builder::new()
+                .name("pv-devices".into())
+                .spawn(body)
+        };
+        let local = LocalThread {
             endpoint,
             stop,
             wake,
-            thread: Some(thread),
-        })
+            thread: None,
+        };
+        Ok((local, Starter(Box::new(start))))
+    }
+
+    pub(crate) fn start(&mut self, starter: Starter) -> io::Result<()> {
+        self.thread = Some((starter.0)()?);
+        Ok(())
     }
 
     pub(crate) fn endpoint(&self) -> LocalEndpoint {

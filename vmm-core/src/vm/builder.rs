@@ -12,7 +12,7 @@ use crate::accel::{Accel, AccelError, AccelInput, Reporter, Vcpu};
 use crate::device::block::link::EventSink;
 use crate::device::block::{BlockConfig, Link};
 use crate::device::console::{Console, Input, Output};
-use crate::device::local::{LocalEndpoint, LocalThread};
+use crate::device::local::{LocalEndpoint, LocalThread, Starter};
 use crate::device::rng::Rng;
 use crate::device::{Backend, DeviceInfo, DeviceIo, Offer, Slot, console, rng};
 use crate::fault::ExitReason;
@@ -333,8 +333,8 @@ impl VmBuilder {
         if needed > MAX_EVENTS {
             return Err(BuildError::TooManyQueues { needed });
         }
-        let local = wants.iter().any(|w| w.block.is_none());
-        let arenas: Vec<u64> = local
+        let in_process = wants.iter().any(|w| w.block.is_none());
+        let arenas: Vec<u64> = in_process
             .then_some(HOST_ARENA)
             .into_iter()
             .chain(
@@ -358,7 +358,7 @@ impl VmBuilder {
         let map = Arc::new(map);
         let queue_counts: Vec<u16> = wants.iter().map(|w| w.queues).collect();
         let events = Arc::new(EventTable::new(&queue_counts, self.vcpus)?);
-        let devices = slots(&wants, &memory, &events, local)?;
+        let devices = slots(&wants, &memory, &events, in_process)?;
         let numbers = CORE_NUMBERS.into_iter().chain(self.registry.numbers());
         let counters = Arc::new(Counters::new(numbers));
         let shared = Arc::new(Shared::new(SharedParts {
@@ -373,36 +373,40 @@ impl VmBuilder {
             vcpus: self.vcpus,
             exited: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         }));
-        // The accel first: a sandboxed process starts up while the rest is prepared.
         let input = AccelInput {
             vcpus: self.vcpus,
             memory: Arc::clone(&memory),
             map: Arc::clone(&map),
             events,
         };
+        let prepare = || {
+            load(&self.image, &memory)?;
+            let counts = (self.vcpus, devices.len());
+            write_boot_block(&memory, &map, accel, counts, features, &self.cmdline)?;
+            for vcpu in 0..self.vcpus {
+                write_vcpu_page(&memory, vcpu, self.vcpus)?;
+            }
+            shared.clock.publish(&memory, true)
+        };
         let (accel_vm, vcpus) = match accel {
-            Accel::Kvm => crate::accel::kvm::create(input)?,
+            Accel::Kvm => {
+                prepare()?;
+                crate::accel::kvm::create(input)?
+            }
             Accel::Process => {
                 let reporter: Arc<dyn Reporter> = Arc::clone(&shared) as _;
-                crate::accel::process::create(input, &reporter, self.self_reported_faults)?
+                let faults = self.self_reported_faults;
+                crate::accel::process::create(input, &reporter, faults, &prepare)?
             }
         };
         let _ = shared.accel.set(accel_vm);
-        load(&self.image, &memory)?;
-        write_boot_block(
-            &memory,
-            &map,
-            accel,
-            self.vcpus,
-            features,
-            devices.len(),
-            &self.cmdline,
-        )?;
-        for vcpu in 0..self.vcpus {
-            write_vcpu_page(&memory, vcpu, self.vcpus)?;
-        }
-        shared.clock.publish(&memory, true)?;
-        let local = LocalThread::start(clock_updates(&shared))?;
+        let (mut local, starter) = LocalThread::new(clock_updates(&shared))?;
+        let late = if in_process {
+            local.start(starter)?;
+            None
+        } else {
+            Some(starter)
+        };
         let (entry, boot_deadline) = (self.image.entry(), self.boot_deadline);
         let connected = self.connect(&wants, &devices, &counters, &local.endpoint())?;
         for slot in &devices {
@@ -415,6 +419,7 @@ impl VmBuilder {
             vcpus,
             links,
             local,
+            late,
             input,
             accel,
             entry,
@@ -543,6 +548,7 @@ fn load(image: &Image, memory: &GuestMemory) -> io::Result<()> {
         let (ram, offset) = memory
             .private(segment.gpa, segment.len)
             .ok_or_else(missing)?;
+        ram.populate(offset, segment.len);
         ram.write_bytes(offset + segment.lead, bytes)?;
     }
     Ok(())
@@ -552,9 +558,8 @@ fn write_boot_block(
     memory: &GuestMemory,
     map: &AddressMap,
     accel: Accel,
-    vcpus: u32,
+    (vcpus, devices): (u32, usize),
     features: u64,
-    devices: usize,
     cmdline: &str,
 ) -> io::Result<()> {
     let mut boot = BootBlock::new_zeroed();
@@ -646,6 +651,8 @@ pub struct Vm {
     pub(super) vcpus: Vec<Box<dyn Vcpu>>,
     pub(super) links: Vec<Link>,
     pub(super) local: LocalThread,
+    /// Starts `local` where that can wait until the vCPUs run.
+    pub(super) late: Option<Starter>,
     pub(super) input: Option<Arc<Input>>,
     pub(super) accel: Accel,
     pub(super) entry: u64,

@@ -52,7 +52,7 @@ pub struct VmHandle {
     pausing: Mutex<()>,
     // Dropped in this order: backends are drained while the in-process loop still runs.
     links: Vec<Link>,
-    _local: LocalThread,
+    local: LocalThread,
 }
 
 impl std::fmt::Debug for VmHandle {
@@ -72,19 +72,20 @@ impl VmHandle {
             vcpus,
             links,
             local,
+            late,
             input,
             accel,
             entry,
             boot_deadline,
         } = vm;
-        let handle = VmHandle {
+        let mut handle = VmHandle {
             shared,
             threads: Mutex::default(),
             accel,
             input,
             pausing: Mutex::default(),
             links,
-            _local: local,
+            local,
         };
         // The handle ends it from here on.
         guard.0 = None;
@@ -117,6 +118,9 @@ impl VmHandle {
         drop(blocked);
         if let Some(deadline) = boot_deadline {
             watch_boot(shared, deadline)?;
+        }
+        if let Some(starter) = late {
+            handle.local.start(starter)?;
         }
         Ok(handle)
     }

@@ -6,12 +6,14 @@ use crate::memory::GuestMemory;
 use crate::vm::events::EventTable;
 use pv_abi::gate::IDLE_FOREVER;
 use pv_abi::layout::{VMM_BASE, vcpu_page};
+use pv_abi::limits::MAX_POLL;
 use pv_abi::vcpu::{EVENT_WORDS, VcpuPage};
+use std::collections::BTreeSet;
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// Marks the wake eventfd among the epoll's data.
@@ -24,6 +26,9 @@ pub(super) struct IdleSet {
     epoll: Epoll,
     events: Arc<EventTable>,
     vcpu: u32,
+    /// Events that are waited for; as many as the process accel could hold, so that a guest meets
+    /// the same limit everywhere.
+    waiting: Mutex<BTreeSet<u32>>,
 }
 
 impl IdleSet {
@@ -37,11 +42,19 @@ impl IdleSet {
             epoll,
             events,
             vcpu,
+            waiting: Mutex::default(),
         })
     }
 
     /// Waits for this event from now on, or no longer.
     pub(super) fn set(&self, event: u32, on: bool) -> io::Result<()> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.contains(&event) == on {
+            return Ok(());
+        }
+        if on && waiting.len() + 1 >= MAX_POLL {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         let Some(call) = self.events.call(event) else {
             return Ok(());
         };
@@ -51,7 +64,13 @@ impl IdleSet {
         } else {
             ControlOperation::Delete
         };
-        self.epoll.ctl(operation, call.as_raw_fd(), entry)
+        self.epoll.ctl(operation, call.as_raw_fd(), entry)?;
+        if on {
+            waiting.insert(event);
+        } else {
+            waiting.remove(&event);
+        }
+        Ok(())
     }
 
     /// Carries out one `idle` call: waits, drains what fired, sets the pending bits.

@@ -26,6 +26,8 @@ struct Tables {
     /// Tables by (level, address of the first byte they cover); values are indices.
     index: HashMap<(u32, u64), usize>,
     tables: Vec<[u64; 512]>,
+    /// The table that was written to last, and what it covers: neighbours share it.
+    last: Option<((u32, u64), usize)>,
 }
 
 /// Guest-physical address of the root table, once [`build`] has run.
@@ -43,6 +45,7 @@ pub(super) fn build(
     let mut tables = Tables {
         index: HashMap::new(),
         tables: vec![[0; 512]],
+        last: None,
     };
     tables.index.insert((4, 0), 0);
     for page in (MONITOR_BASE..MONITOR_BASE + monitor_len).step_by(PAGE_SIZE as usize) {
@@ -85,12 +88,30 @@ pub(super) fn build(
             "the address map needs more page tables than there is room",
         ));
     }
+    vmm.populate(PAGE_TABLES_BASE - VMM_BASE, bytes.len() as u64);
     vmm.write_bytes(PAGE_TABLES_BASE - VMM_BASE, &bytes)
 }
 
 impl Tables {
     /// Sets the leaf at `level` (1: 4 KiB, 2: 2 MiB) for this address.
     fn map(&mut self, gpa: u64, level: u32, flags: u64) {
+        let key = (level, gpa & !(span(level + 1) - 1));
+        let table = match self.last {
+            Some((covers, table)) if covers == key => table,
+            _ => self.find(gpa, level),
+        };
+        self.last = Some((key, table));
+        if let Some(entry) = self
+            .tables
+            .get_mut(table)
+            .and_then(|t| t.get_mut(slot(gpa, level)))
+        {
+            *entry = gpa | flags;
+        }
+    }
+
+    /// The table at `level` for this address, made with those above it where they are missing.
+    fn find(&mut self, gpa: u64, level: u32) -> usize {
         let mut table = 0usize;
         for upper in (level + 1..=4).rev() {
             let slot = slot(gpa, upper);
@@ -110,13 +131,7 @@ impl Tables {
             };
             table = next;
         }
-        if let Some(entry) = self
-            .tables
-            .get_mut(table)
-            .and_then(|t| t.get_mut(slot(gpa, level)))
-        {
-            *entry = gpa | flags;
-        }
+        table
     }
 }
 

@@ -51,10 +51,12 @@ struct Descriptors {
     wakes: usize,
 }
 
+/// Makes it; `meanwhile` is done while the process starts, which needs nothing of this thread.
 pub(crate) fn create(
     input: AccelInput,
     reporter: &Arc<dyn Reporter>,
     self_report: bool,
+    meanwhile: &dyn Fn() -> io::Result<()>,
 ) -> Result<Parts, AccelError> {
     let step = AccelError::host;
     let AccelInput {
@@ -155,6 +157,7 @@ pub(crate) fn create(
             });
         })
         .map_err(step("the supervisor thread"))?;
+    let prepared = meanwhile();
     let pidfd = started
         .recv()
         .unwrap_or_else(|_| Err(io::Error::other("the supervisor thread ended")))
@@ -170,6 +173,10 @@ pub(crate) fn create(
         layers: 0,
         supervisor: Some(supervisor),
     };
+    if let Err(error) = prepared {
+        vm.watch.ending.store(true, Ordering::Release);
+        return Err(step("load the guest")(error));
+    }
     let ready = memory
         .vmm
         .word32(vcpu_page(0) - VMM_BASE + page::READY as u64)
