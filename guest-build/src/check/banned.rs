@@ -26,7 +26,8 @@ pub enum Ban {
     GsBase,
     /// Loads a segment register, or transfers control to another segment.
     Segment,
-    /// `SGDT`, `SIDT`, `SLDT`, `STR`, `SMSW`: show the monitor's tables, or the host's.
+    /// `SGDT`, `SIDT`, `SLDT`, `STR`, `SMSW`, `LAR`, `LSL`, `VERR`, `VERW`: show the monitor's
+    /// tables, or the host's.
     SystemTable,
     /// Not part of x86-64-v2, AVX among others.
     BeyondBaseline,
@@ -76,7 +77,11 @@ pub fn classify(instruction: &Instruction) -> Option<Ban> {
         M::Cpuid | M::Xgetbv => return Some(Ban::AsksTheCpu),
         M::Rdpmc => return Some(Ban::PerformanceCounter),
         M::Wrgsbase | M::Swapgs => return Some(Ban::GsBase),
-        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => return Some(Ban::SystemTable),
+        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw => {
+            return Some(Ban::SystemTable);
+        }
+        // Shares its CPUID bit with PREFETCH, and is no hint: #UD on every Intel CPU.
+        M::Femms => return Some(Ban::BeyondBaseline),
         M::Iret | M::Iretd | M::Iretq | M::Retf | M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss => {
             return Some(Ban::Segment);
         }

@@ -65,6 +65,24 @@ fn every_class_is_refused() {
         ("sgdt", &[0x0f, 0x01, 0x00], Ban::SystemTable),
         ("sidt", &[0x0f, 0x01, 0x08], Ban::SystemTable),
         ("smsw eax", &[0x0f, 0x01, 0xe0], Ban::SystemTable),
+        ("sldt eax", &[0x0f, 0x00, 0xc0], Ban::SystemTable),
+        ("str eax", &[0x0f, 0x00, 0xc8], Ban::SystemTable),
+        ("lar eax, cx", &[0x0f, 0x02, 0xc1], Ban::SystemTable),
+        ("lsl eax, cx", &[0x0f, 0x03, 0xc1], Ban::SystemTable),
+        (
+            "lsl rax, [rcx]",
+            &[0x48, 0x0f, 0x03, 0x01],
+            Ban::SystemTable,
+        ),
+        ("verr ax", &[0x0f, 0x00, 0xe0], Ban::SystemTable),
+        ("verw ax", &[0x0f, 0x00, 0xe8], Ban::SystemTable),
+        ("verw [rax]", &[0x0f, 0x00, 0x28], Ban::SystemTable),
+        ("femms", &[0x0f, 0x0e], Ban::BeyondBaseline),
+        (
+            "pfadd mm0, mm1",
+            &[0x0f, 0x0f, 0xc1, 0x9e],
+            Ban::BeyondBaseline,
+        ),
         (
             "vmovaps ymm0, ymm1",
             &[0xc5, 0xfc, 0x28, 0xc1],
@@ -145,6 +163,8 @@ fn neighbours_pass() {
         ("popfq", &[0x9d]),
         ("cld", &[0xfc]),
         ("prefetcht0 [rax]", &[0x0f, 0x18, 0x08]),
+        ("prefetch [rax]", &[0x0f, 0x0d, 0x00]),
+        ("prefetchw [rax]", &[0x0f, 0x0d, 0x08]),
         ("call rax", &[0xff, 0xd0]),
         ("ret", &[0xc3]),
     ];
