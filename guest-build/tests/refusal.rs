@@ -22,6 +22,8 @@ mod offset {
     pub(super) const PHDR_LEN: usize = 56;
     pub(super) const PHDR_FLAGS: usize = 4;
     pub(super) const PHDR_VADDR: usize = 16;
+    pub(super) const SYMBOL_LEN: usize = 24;
+    pub(super) const SYMBOL_SIZE: usize = 16;
 }
 
 #[test]
@@ -42,7 +44,40 @@ fn a_guest_that_asks_the_cpu_is_refused_by_name() {
     assert!(said.contains("`banned::sniff_the_cpu`"), "{said}");
 
     excused_by_the_caller(path);
-    broken_copies(&std::fs::read(path).unwrap());
+    let good = std::fs::read(path).unwrap();
+    broken_copies(&good);
+    excuses_end_with_the_symbol(&good);
+}
+
+/// Bytes that the excused symbol does not cover are nobody's, and checked.
+fn excuses_end_with_the_symbol(good: &[u8]) {
+    let options = CheckOptions {
+        allow_banned: vec!["banned::sniff_the_cpu".into()],
+    };
+    for size in [0u64, 1] {
+        let mut short = good.to_vec();
+        let at = size_of_symbol(good, "sniff_the_cpu");
+        short[at..at + 8].copy_from_slice(&size.to_le_bytes());
+        let error = check(&short, &options).unwrap_err();
+        let CheckError::Banned(findings) = &error else {
+            panic!("refused for another reason: {error}");
+        };
+        let cpuid = findings.iter().find(|f| f.instruction == "cpuid");
+        assert_eq!(cpuid.unwrap().symbol, "<no symbol>", "{error}");
+    }
+}
+
+/// Where in the file the size of the symbol with this in its name is.
+fn size_of_symbol(bytes: &[u8], name: &str) -> usize {
+    let file = elf::ElfBytes::<elf::endian::LittleEndian>::minimal_parse(bytes).unwrap();
+    let (symbols, names) = file.symbol_table().unwrap().unwrap();
+    let named = |symbol: &elf::symbol::Symbol| {
+        let found = names.get(symbol.st_name as usize);
+        found.is_ok_and(|found| found.contains(name))
+    };
+    let index = symbols.iter().position(|symbol| named(&symbol)).unwrap();
+    let table = file.section_header_by_name(".symtab").unwrap().unwrap();
+    table.sh_offset as usize + index * offset::SYMBOL_LEN + offset::SYMBOL_SIZE
 }
 
 /// The same guest passes once its function is excused, by its demangled name; any other name does
@@ -112,6 +147,16 @@ fn broken_copies(good: &[u8]) {
         error.to_string().contains("outside the guest's RAM"),
         "{error}"
     );
+    // The second segment where the first one is, and within its last page.
+    let error = broken(&|b| {
+        let text = b[phdr(0, offset::PHDR_VADDR)..][..8].to_vec();
+        b[phdr(1, offset::PHDR_VADDR)..][..8].copy_from_slice(&text);
+    });
+    assert!(
+        matches!(error, CheckError::Segment { index: 1, .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("shares a page"), "{error}");
     let name = good.windows(8).position(|w| w == b"Paravane").unwrap();
     let error = broken(&|b| b[name] = b'p');
     assert!(matches!(error, CheckError::Note("missing")), "{error}");

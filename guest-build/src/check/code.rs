@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 /// x86-64 code.
 const BITNESS: u32 = 64;
 
-/// Name of bytes that lie before the first symbol.
+/// Name of bytes that no symbol covers.
 const NO_SYMBOL: &str = "<no symbol>";
 
 pub(super) struct Walk {
@@ -37,7 +37,11 @@ impl Function {
                 !prefix.is_empty() && (name.starts_with(prefix) || readable.starts_with(prefix))
             })
         };
-        !self.names.is_empty() && self.names.iter().all(allowed)
+        !self.is_nameless() && self.names.iter().all(allowed)
+    }
+
+    fn is_nameless(&self) -> bool {
+        self.names.is_empty()
     }
 
     fn readable(&self) -> String {
@@ -85,14 +89,16 @@ pub(super) fn check(
                 continue;
             };
             walk.functions += 1;
-            let excused = function.excused(options);
-            for finding in banned_in(function, *start, bytes, &mut walk.instructions) {
-                if excused {
-                    walk.excused += 1;
-                } else {
-                    findings.push(finding);
-                }
+            if !function.excused(options) {
+                findings.extend(banned_in(function, *start, bytes, &mut walk.instructions));
+                continue;
             }
+            // The excuse reaches as far as the symbol says, not to wherever the next one begins.
+            let reach = function.size.min(length as u64);
+            let (own, rest) = bytes.split_at(reach as usize);
+            walk.excused += banned_in(function, *start, own, &mut walk.instructions).len();
+            let after = banned_in(&nameless, start + reach, rest, &mut walk.instructions);
+            findings.extend(after);
         }
     }
     if findings.is_empty() {
@@ -109,6 +115,10 @@ fn banned_in(
     instructions: &mut usize,
 ) -> Vec<Finding> {
     let mut findings = Vec::new();
+    let zeroes = bytes
+        .iter()
+        .rposition(|b| *b != 0)
+        .map_or(0, |last| last + 1);
     let mut decoder = Decoder::with_ip(BITNESS, bytes, start, DecoderOptions::NONE);
     let mut instruction = Instruction::default();
     while decoder.can_decode() {
@@ -116,12 +126,8 @@ fn banned_in(
         decoder.decode_out(&mut instruction);
         let raw = bytes.get(at..decoder.position()).unwrap_or_default();
         // Linkers fill the space between functions; zeroes there are not code, and not reached.
-        let past_end = function.size != 0 && at as u64 >= function.size;
-        if past_end
-            && bytes
-                .get(at..)
-                .is_some_and(|rest| rest.iter().all(|b| *b == 0))
-        {
+        let past_end = function.is_nameless() || (function.size != 0 && at as u64 >= function.size);
+        if past_end && at >= zeroes {
             break;
         }
         *instructions += 1;

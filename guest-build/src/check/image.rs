@@ -38,7 +38,10 @@ pub(super) fn check<'data>(file: &Elf<'data>) -> Result<Layout<'data>, CheckErro
         executable: Vec::new(),
         memory: 0,
     };
-    let (mut low, mut high) = (u64::MAX, 0);
+    let mut low = u64::MAX;
+    // End of the last page that a segment has taken so far.
+    let mut taken = 0u64;
+    let mut high = 0;
     for (index, segment) in segments.iter().enumerate() {
         let refuse = |problem| CheckError::Segment {
             index,
@@ -71,6 +74,12 @@ pub(super) fn check<'data>(file: &Elf<'data>) -> Result<Layout<'data>, CheckErro
             .checked_add(segment.p_memsz)
             .filter(|end| segment.p_vaddr >= RAM_BASE && *end <= RAM_LOW_END)
             .ok_or_else(|| refuse("lies outside the guest's RAM"))?;
+        if segment.p_vaddr < taken {
+            return Err(refuse(
+                "shares a page with the one before it, or is out of order",
+            ));
+        }
+        taken = end.next_multiple_of(PAGE_SIZE);
         low = low.min(segment.p_vaddr);
         high = high.max(end);
         if segment.p_flags & execute != 0 {

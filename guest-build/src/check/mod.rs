@@ -25,7 +25,8 @@ pub(crate) type Elf<'data> = ElfBytes<'data, LittleEndian>;
 pub struct CheckOptions {
     /// Functions whose name, raw or demangled, starts with one of these may contain anything.
     ///
-    /// For guests that test what the host does with hostile code; nothing else.
+    /// Only as far as the symbol's size: an assembly label without a `.size` excuses nothing. For
+    /// guests that test what the host does with hostile code; nothing else.
     pub allow_banned: Vec<String>,
 }
 
