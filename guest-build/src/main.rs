@@ -1,7 +1,12 @@
 //! `guest-build check <elf>`: the build step's check, by hand.
 #![forbid(unsafe_code)]
 
+mod limits;
+
 use guest_build::{CheckOptions, check};
+use limits::MAX_ELF_LEN;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
 use std::process::ExitCode;
 
 const USAGE: &str = "\
@@ -15,15 +20,24 @@ Options:
 
 fn main() -> ExitCode {
     match run(std::env::args().skip(1)) {
-        Ok(said) => {
-            println!("{said}");
-            ExitCode::SUCCESS
-        }
-        Err(complaint) => {
-            eprintln!("guest-build: {complaint}");
-            ExitCode::FAILURE
-        }
+        Ok(said) => match tell(&said) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => complain(&format!("cannot write to standard output: {error}")),
+        },
+        Err(complaint) => complain(&complaint),
     }
+}
+
+fn tell(said: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{said}")?;
+    out.flush()
+}
+
+fn complain(complaint: &str) -> ExitCode {
+    // Whoever closed standard error wants the code alone.
+    let _ = writeln!(io::stderr(), "guest-build: {complaint}");
+    ExitCode::FAILURE
 }
 
 fn run(mut args: impl Iterator<Item = String>) -> Result<String, String> {
@@ -52,7 +66,7 @@ fn run(mut args: impl Iterator<Item = String>) -> Result<String, String> {
         }
     }
     let path = path.ok_or(format!("no ELF file given; {HINT}"))?;
-    let bytes = std::fs::read(&path).map_err(|e| format!("cannot read {path}: {e}"))?;
+    let bytes = read(&path)?;
     let report = check(&bytes, &options).map_err(|e| format!("{path} is refused: {e}"))?;
     Ok(format!(
         "{path}: {} functions, {} instructions, {} excused, {} KiB of memory, entry {:#x}",
@@ -62,4 +76,31 @@ fn run(mut args: impl Iterator<Item = String>) -> Result<String, String> {
         report.memory.div_ceil(1024),
         report.entry,
     ))
+}
+
+/// Reads an ordinary file of bearable size: a device or a pipe may have no end.
+fn read(path: &str) -> Result<Vec<u8>, String> {
+    let cannot = |error: io::Error| format!("cannot read {path}: {error}");
+    let too_large = || {
+        format!(
+            "{path} is larger than {} MiB: no guest is",
+            MAX_ELF_LEN >> 20
+        )
+    };
+    let found = fs::metadata(path).map_err(cannot)?;
+    if !found.is_file() {
+        return Err(format!("{path} is not a file: give the guest's ELF file"));
+    }
+    if found.len() > MAX_ELF_LEN {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(cannot)?;
+    // Some files of /proc have no length and much to say, and others grow.
+    let mut file = file.take(MAX_ELF_LEN + 1);
+    file.read_to_end(&mut bytes).map_err(cannot)?;
+    if bytes.len() as u64 > MAX_ELF_LEN {
+        return Err(too_large());
+    }
+    Ok(bytes)
 }
