@@ -333,7 +333,9 @@ impl<P: Platform> Core<P> {
         let generation = match self.platform.call(number::DEVICE_ACTIVATE, args) {
             Ok(generation) => generation,
             Err(error) => {
-                life.host_has_memory = false;
+                // What was refused was never looked at; what failed half-way may be served until
+                // the device is seen absent or reset.
+                life.host_has_memory = matches!(error.status, Status::Again | Status::HostError);
                 return Ok(Err(error));
             }
         };

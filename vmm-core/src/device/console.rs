@@ -90,8 +90,9 @@ impl Backend for Console {
         })
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> io::Result<()> {
         self.queues.reset();
+        Ok(())
     }
 
     fn config_write(&mut self, _offset: u32, _bytes: &[u8]) -> Result<(), Status> {

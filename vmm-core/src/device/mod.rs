@@ -13,7 +13,6 @@ mod setup;
 
 pub(crate) use setup::{QueueConfig, Setup};
 
-use crate::fault::PeerLost;
 use crate::memory::{Arena, GuestMemory};
 use crate::vm::events::{EventTable, signal};
 use pv_abi::device::{DeviceEntry, DeviceState};
@@ -45,8 +44,11 @@ pub(crate) struct DeviceIo {
 pub(crate) trait Backend: Send {
     /// Starts serving the queues of this set-up.
     fn activate(&mut self, setup: &Setup, io: &DeviceIo) -> io::Result<()>;
-    /// Stops; nothing touches the queues or their buffers once this has returned.
-    fn reset(&mut self);
+    /// Stops; nothing touches the queues or their buffers once this has returned `Ok`.
+    ///
+    /// With an error it is not known whether that is so: the backend is of no more use, and is
+    /// reported lost by whoever watches it.
+    fn reset(&mut self) -> io::Result<()>;
     /// Writes configuration space.
     fn config_write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Status>;
 }
@@ -69,6 +71,8 @@ struct SlotState {
     offer: Offer,
     config_vcpu: Option<u32>,
     backend: Option<Box<dyn Backend>>,
+    /// A backend that is gone may still be touching the queues; resets wait until it is known not to.
+    undrained: bool,
     waiting: Vec<(u32, u32)>,
 }
 
@@ -91,6 +95,7 @@ impl Slot {
             offer: Offer::default(),
             config_vcpu: None,
             backend: None,
+            undrained: false,
             waiting: Vec::new(),
         };
         Slot {
@@ -114,6 +119,8 @@ impl Slot {
         let mut state = self.lock();
         state.backend = Some(backend);
         state.offer = offer;
+        // A backend takes a new connection only once it is done with the old one.
+        state.undrained = false;
         if state.state == DeviceState::Absent {
             state.state = DeviceState::Negotiated;
         }
@@ -121,10 +128,14 @@ impl Slot {
         self.config_event(&state)
     }
 
-    /// The backend is gone, and with it whatever it was doing.
-    pub(crate) fn backend_lost(&self, _lost: &PeerLost) -> io::Result<()> {
+    /// The backend is gone; `drained` says that it is dead, so that it touches nothing any more.
+    pub(crate) fn backend_lost(&self, drained: bool) -> io::Result<()> {
         let mut state = self.lock();
         state.backend = None;
+        match state.state {
+            DeviceState::Active | DeviceState::NeedsReset => state.undrained = !drained,
+            DeviceState::Negotiated | DeviceState::Absent => {}
+        }
         match state.state {
             DeviceState::Active => {
                 state.state = DeviceState::NeedsReset;
@@ -176,11 +187,13 @@ impl Slot {
         state.config_vcpu = Some(setup.config_vcpu);
         let backend = state.backend.as_mut().ok_or(Status::Again)?;
         if let Err(error) = backend.activate(&setup, &self.io) {
-            // A remote backend that fails here is about to be reported lost; the guest is told to
-            // wait for that event. The rings were never served, so nothing needs a reset.
             tracing::warn!(device = self.info.index, %error, "activation failed");
-            state.backend = None;
-            state.state = DeviceState::Absent;
+            // Some of the rings may be served by now.
+            if backend.reset().is_ok() {
+                return Err(Status::HostError);
+            }
+            // The backend is about to be reported lost; the guest waits for that event.
+            give_up(state);
             let _ = self.publish(&guard);
             return Err(Status::Again);
         }
@@ -196,10 +209,19 @@ impl Slot {
         let _span = tracing::debug_span!("reset", device = self.info.index).entered();
         let mut state = self.lock();
         if state.state == DeviceState::Active {
-            if let Some(backend) = state.backend.as_mut() {
-                backend.reset();
+            if let Some(backend) = state.backend.as_mut()
+                && let Err(error) = backend.reset()
+            {
+                tracing::warn!(device = self.info.index, %error, "the backend did not stop");
+                give_up(&mut state);
+                self.publish(&state).map_err(|_| Status::HostError)?;
+                return Err(Status::Again);
             }
             state.generation = state.generation.wrapping_add(1);
+        }
+        if state.undrained {
+            // The configuration event will say when to try again.
+            return Err(Status::Again);
         }
         state.state = if state.backend.is_some() {
             DeviceState::Negotiated
@@ -238,8 +260,10 @@ impl Slot {
     /// Stops serving, for good.
     pub(crate) fn shut_down(&self) {
         let backend = self.lock().backend.take();
-        if let Some(mut backend) = backend {
-            backend.reset();
+        if let Some(mut backend) = backend
+            && let Err(error) = backend.reset()
+        {
+            tracing::debug!(device = self.info.index, %error, "the backend did not stop");
         }
     }
 
@@ -319,6 +343,14 @@ impl Slot {
         }
         self.io.events.call(event).map_or(Ok(()), signal)
     }
+}
+
+/// The backend is of no more use, and may still be at work: its link will say when it is not.
+fn give_up(state: &mut SlotState) {
+    state.backend = None;
+    state.undrained = true;
+    state.state = DeviceState::NeedsReset;
+    state.generation = state.generation.wrapping_add(1);
 }
 
 fn config_len(offer: &Offer) -> u32 {

@@ -38,8 +38,9 @@ impl Backend for Rng {
         })
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> io::Result<()> {
         self.0.reset();
+        Ok(())
     }
 
     fn config_write(&mut self, _offset: u32, _bytes: &[u8]) -> Result<(), Status> {

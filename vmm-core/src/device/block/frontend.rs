@@ -185,19 +185,16 @@ impl Backend for VhostBlock {
         self.start(setup, io).inspect_err(|_| self.hang_up())
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> io::Result<()> {
         for index in 0..std::mem::take(&mut self.active) {
             // GET_VRING_BASE stops the ring; its reply says that the backend is done with it.
-            let stopped = self
-                .frontend
+            self.frontend
                 .set_vring_enable(index, false)
-                .and_then(|()| self.frontend.get_vring_base(index));
-            if let Err(error) = stopped {
-                tracing::warn!(index, %error, "the backend did not stop a ring; dropping it");
-                self.hang_up();
-                return;
-            }
+                .and_then(|()| self.frontend.get_vring_base(index))
+                .map_err(step("GET_VRING_BASE"))
+                .inspect_err(|_| self.hang_up())?;
         }
+        Ok(())
     }
 
     fn config_write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Status> {

@@ -123,16 +123,17 @@ impl Keeper {
                     }
                     return;
                 }
-                // Known dead before the guest hears of it, and before anything is submitted again.
-                let why = match &mut connection.process {
-                    Some(process) => process.kill(),
-                    None => "it closed the connection".into(),
+                // A supervised one is known dead before the guest hears of it; another's resets wait
+                // until it takes a new connection.
+                let (why, drained) = match &mut connection.process {
+                    Some(process) => (process.kill(), true),
+                    None => ("it closed the connection".into(), false),
                 };
                 self.pid.store(0, Ordering::Relaxed);
                 self.counters.backend_losses.add(1);
                 let lost = PeerLost { device, why };
                 tracing::warn!(device, %lost, "backend lost");
-                if let Err(error) = self.slot.backend_lost(&lost) {
+                if let Err(error) = self.slot.backend_lost(drained) {
                     tracing::error!(%error, "the device table cannot be written");
                 }
                 (self.events)(VmEvent::BackendLost(lost));
