@@ -79,6 +79,11 @@ global_asm!(
     "40:",
     "mov gs:[{arg}], edi",
     "mov r9d, eax",
+    // The kernel's own way to say where a thread runs: the limit of a segment (see getcpu in the
+    // vDSO). Never faults; where there is no such segment, the hint is no CPU at all.
+    "mov ecx, 0x7b",
+    "lsl ecx, ecx",
+    "mov gs:[{cpu}], ecx",
     "mov gs:[{handoff}], eax",
     "mov rdi, gs:[0]",
     "add rdi, {handoff}",
@@ -284,6 +289,7 @@ global_asm!(
     start_rsp = const page::START_RSP,
     start_rdi = const page::START_RDI,
     start_rsi = const page::START_RSI,
+    cpu = const page::CPU,
     timespec = const page::TIMESPEC,
     read_buffer = const page::READ_BUFFER,
     kicks = const page::KICKS,

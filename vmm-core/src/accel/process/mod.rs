@@ -14,6 +14,7 @@ mod faults;
 mod filter;
 mod futex;
 mod gate;
+mod placement;
 mod spawn;
 mod supervisor;
 mod vcpu;
@@ -57,6 +58,8 @@ mod page {
     pub(super) const START_RSI: usize = PRIVATE + 32;
     pub(super) const TIMESPEC: usize = PRIVATE + 40;
     pub(super) const READ_BUFFER: usize = PRIVATE + 56;
+    /// On which CPU the guest was when it handed over: what the kernel tells user space, a hint.
+    pub(super) const CPU: usize = PRIVATE + 64;
     pub(super) const KICKS: usize = offset_of!(VcpuPage, kicks);
     pub(super) const IDLES: usize = offset_of!(VcpuPage, idles);
     pub(super) const IDLE_NS: usize = offset_of!(VcpuPage, idle_ns);

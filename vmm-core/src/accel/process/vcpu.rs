@@ -5,6 +5,7 @@
 //! wait for good is `gone`, which the guest cannot reach.
 
 use super::faults::{Signal, blame};
+use super::placement::{Placement, serve_promptly};
 use super::{futex, handoff, page};
 use crate::accel::{StartState, Vcpu, VcpuExit};
 use crate::fault::Registers;
@@ -21,6 +22,7 @@ pub(super) struct ProcessVcpu {
     pub(super) gone: Arc<AtomicBool>,
     /// A hand-off waits for its answer.
     pub(super) owed: bool,
+    pub(super) placement: Placement,
 }
 
 impl ProcessVcpu {
@@ -104,6 +106,7 @@ impl ProcessVcpu {
 
 impl Vcpu for ProcessVcpu {
     fn start(&mut self, state: &StartState) -> io::Result<()> {
+        serve_promptly();
         let vmm = &self.memory.vmm;
         vmm.write(self.at(page::START_RIP), &state.rip)?;
         vmm.write(self.at(page::START_RSP), &state.rsp)?;
@@ -128,7 +131,13 @@ impl Vcpu for ProcessVcpu {
                 arg.map(|arg| arg.load(Ordering::Relaxed))
             };
             let exit = match state {
-                handoff::CALL => VcpuExit::Call(argument()?),
+                handoff::CALL => {
+                    let frame = argument()?;
+                    let hint = self.memory.vmm.word32(self.at(page::CPU))?;
+                    let hint = hint.load(Ordering::Relaxed);
+                    self.placement.look(hint);
+                    VcpuExit::Call(frame)
+                }
                 handoff::DOORBELL => VcpuExit::Doorbell(argument()?),
                 handoff::EXIT => VcpuExit::Exit(argument()?),
                 handoff::FAULT => self.self_report()?,
