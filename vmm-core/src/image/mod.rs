@@ -13,6 +13,9 @@ use elf::endian::LittleEndian;
 use elf::note::Note;
 use pv_abi::layout::{PAGE_SIZE, RAM_BASE, RAM_LOW_END};
 use pv_abi::note::GuestNote;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use zerocopy::FromBytes;
@@ -28,6 +31,12 @@ pub enum ImageError {
         path: String,
         /// Why.
         source: std::io::Error,
+    },
+    /// A folder, a device or a pipe.
+    #[error("{path} is not a regular file; give the guest's ELF file")]
+    NotAFile {
+        /// What was to be read.
+        path: String,
     },
     /// Larger than this library loads.
     #[error("the image has {len} bytes; at most {MAX_IMAGE_LEN} are loaded")]
@@ -160,12 +169,31 @@ impl Image {
             path: path.display().to_string(),
             source,
         };
-        let len = std::fs::metadata(path).map_err(io)?.len();
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        if len > MAX_IMAGE_LEN {
-            return Err(ImageError::TooLarge { len });
-        }
-        Image::from_bytes(std::fs::read(path).map_err(io)?)
+        let check = |found: std::fs::Metadata| {
+            let len = usize::try_from(found.len()).unwrap_or(usize::MAX);
+            if !found.is_file() {
+                let path = path.display().to_string();
+                return Err(ImageError::NotAFile { path });
+            }
+            if len > MAX_IMAGE_LEN {
+                return Err(ImageError::TooLarge { len });
+            }
+            Ok(len)
+        };
+        // Before it is opened, which some devices take for a command; and again, for it may be
+        // another one by then. Without O_NONBLOCK the opening of a pipe waits for its writer.
+        check(std::fs::metadata(path).map_err(io)?)?;
+        let mut options = File::options();
+        let options = options.read(true).custom_flags(libc::O_NONBLOCK);
+        let file = options.open(path).map_err(io)?;
+        let len = check(file.metadata().map_err(io)?)?;
+        let mut bytes = Vec::with_capacity(len + 1);
+        // The length is a hint: files grow, and those in /proc have none. One byte more than there
+        // may be tells them apart from those that fit; `from_bytes` looks at the sum.
+        file.take(MAX_IMAGE_LEN as u64 + 1)
+            .read_to_end(&mut bytes)
+            .map_err(io)?;
+        Image::from_bytes(bytes)
     }
 
     /// Checks an ELF file that is in memory.

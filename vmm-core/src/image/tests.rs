@@ -176,3 +176,33 @@ fn notes_that_do_not_match() {
     ));
     assert!(with(note + 40, &MAX_STACK.to_le_bytes()).is_ok());
 }
+
+/// Neither a device without an end nor a pipe without a writer is read.
+#[test]
+fn only_regular_files_are_opened() {
+    let dir = std::env::temp_dir().join(format!("paravane-image-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let pipe = dir.join("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    for path in [Path::new("/dev/zero"), &dir, &pipe] {
+        let error = Image::open(path).unwrap_err();
+        assert!(matches!(error, ImageError::NotAFile { .. }), "{error}");
+    }
+    // The bound is the library's own, whatever the length says.
+    let large = dir.join("large");
+    let file = File::create(&large).unwrap();
+    for (len, fits) in [(MAX_IMAGE_LEN, true), (MAX_IMAGE_LEN + 1, false)] {
+        file.set_len(len as u64).unwrap();
+        let error = Image::open(&large).unwrap_err();
+        let too_large = matches!(error, ImageError::TooLarge { .. });
+        assert_eq!(too_large, !fits, "{error}");
+    }
+    // A file of no length that has something to say is read.
+    let error = Image::open("/proc/self/status").unwrap_err();
+    assert!(matches!(error, ImageError::Malformed { .. }), "{error}");
+    let good = dir.join("good");
+    std::fs::write(&good, sample()).unwrap();
+    Image::open(&good).unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+}
