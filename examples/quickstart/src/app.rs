@@ -1,19 +1,19 @@
 //! The whole job, from the command line to the report.
 
 use crate::cli::Args;
-use crate::pack::{Contents, pack, read_contents};
-use crate::report::Report;
+use crate::pack::{Contents, pack, take};
+use crate::place::{Draft, Place};
+use crate::report::{Report, say};
 use crate::run::{self, GuestRun};
 use crate::scan::Plan;
 use crate::verify::verify;
 use anyhow::{Context, Result, bail};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
-use std::borrow::Cow;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
-use tempfile::{NamedTempFile, TempPath};
+use std::path::Path;
+use vmm_core::{Image, ImageError};
 
 /// Does what the command line says.
 ///
@@ -24,15 +24,15 @@ pub fn run(args: &Args) -> Result<Report> {
     let guest = guest_image(args)?;
     let disk = Prepared::new(args)?;
     let outcome = run::run_guest(&GuestRun {
-        elf: &guest,
-        disk: disk.path(),
+        image: &guest,
+        disk: disk.place.path(),
         accel: args.accel,
         vcpus: args.vcpus,
         memory: args.memory,
         timeout: args.timeout,
     })?;
     let found = outcome.report;
-    verify(disk.path(), &disk.contents)?;
+    verify(disk.place.path(), &disk.contents)?;
     let files = disk.contents.digests.len() as u64;
     if (found.files, found.bytes) != (files, disk.contents.bytes) {
         bail!(
@@ -42,7 +42,7 @@ pub fn run(args: &Args) -> Result<Report> {
             disk.contents.bytes
         );
     }
-    let digest = Sha256::digest(&guest);
+    let digest = Sha256::digest(guest.bytes());
     Ok(Report {
         accel: outcome.accel,
         guest: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
@@ -57,13 +57,17 @@ pub fn run(args: &Args) -> Result<Report> {
     })
 }
 
-fn guest_image(args: &Args) -> Result<Cow<'static, [u8]>> {
-    let Some(path) = &args.guest else {
-        return Ok(Cow::Borrowed(guest_images::QUICKSTART));
+fn guest_image(args: &Args) -> Result<Image> {
+    let image = match &args.guest {
+        None => Image::from_bytes(guest_images::QUICKSTART),
+        Some(path) => Image::open(path),
     };
-    let bytes =
-        fs::read(path).with_context(|| format!("cannot read the guest {}", path.display()))?;
-    Ok(Cow::Owned(bytes))
+    match image {
+        Err(ImageError::Io { path, source }) => {
+            Err(source).with_context(|| format!("cannot read the guest {path}"))
+        }
+        image => image.context("the guest is refused"),
+    }
 }
 
 /// A disk image that is ready for the guest.
@@ -71,12 +75,6 @@ struct Prepared {
     place: Place,
     contents: Contents,
     skipped: usize,
-}
-
-enum Place {
-    /// Deleted when this is dropped.
-    Scratch(TempPath),
-    Kept(PathBuf),
 }
 
 impl Prepared {
@@ -101,15 +99,15 @@ impl Prepared {
         if !path.is_file() {
             bail!("{} is not a file: give a disk image", path.display());
         }
-        let contents = read_contents(path)?;
-        eprintln!(
+        let contents = take(path)?;
+        say(format_args!(
             "taking {}: {} files, {}",
             path.display(),
             contents.digests.len(),
             HumanBytes(contents.bytes)
-        );
+        ));
         Ok(Prepared {
-            place: Place::Kept(path.into()),
+            place: Place::existing(path),
             contents,
             skipped: 0,
         })
@@ -130,7 +128,7 @@ impl Prepared {
             );
         }
         for problem in &plan.problems {
-            eprintln!("left out: {problem}");
+            say(format_args!("left out: {problem}"));
         }
         if plan.files.is_empty() {
             bail!(
@@ -138,40 +136,13 @@ impl Prepared {
                 folder.display()
             );
         }
-        let (file, place) = match disk {
-            None => {
-                let scratch = NamedTempFile::with_prefix("paravane-quickstart-");
-                let scratch = scratch.context("cannot make a temporary file for the disk image")?;
-                let (file, path) = scratch.into_parts();
-                (file, Place::Scratch(path))
-            }
-            Some(path) => {
-                let file = File::options()
-                    .read(true)
-                    .write(true)
-                    .create_new(true)
-                    .open(path);
-                let file = file.with_context(|| format!("cannot create {}", path.display()))?;
-                (file, Place::Kept(path.into()))
-            }
-        };
-        let packed = pack_with_progress(folder, &plan, &file);
-        if let (Err(_), Place::Kept(path)) = (&packed, &place) {
-            // Half an image is no use to anybody, and in the way of the next attempt.
-            let _ = fs::remove_file(path);
-        }
+        let draft = disk.map_or_else(Draft::scratch, Draft::kept)?;
+        let contents = pack_with_progress(folder, &plan, draft.file())?;
         Ok(Prepared {
-            place,
-            contents: packed?,
+            place: draft.finish()?,
+            contents,
             skipped: plan.problems.len(),
         })
-    }
-
-    fn path(&self) -> &Path {
-        match &self.place {
-            Place::Scratch(path) => path,
-            Place::Kept(path) => path,
-        }
     }
 }
 
@@ -182,7 +153,7 @@ fn pack_with_progress(folder: &Path, plan: &Plan, image: &File) -> Result<Conten
         plan.files.len(),
         HumanBytes(plan.bytes())
     );
-    eprintln!("{summary}");
+    say(format_args!("{summary}"));
     if !std::io::stderr().is_terminal() {
         return pack(plan, image, |_| {});
     }

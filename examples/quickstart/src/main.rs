@@ -1,9 +1,12 @@
 //! `quickstart`: see `--help`, and the library beside this for how it is done.
 #![forbid(unsafe_code)]
 
+use anyhow::{Context, Result};
 use clap::Parser;
-use quickstart::{app, cli, run};
+use quickstart::report::say;
+use quickstart::{app, cli, interrupt, run};
 use std::ffi::OsStr;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -13,14 +16,38 @@ fn main() -> ExitCode {
     if Path::new(&name).file_name() == Some(OsStr::new(run::BACKEND)) {
         return vhost_backends::pv_blkd_main(std::env::args_os());
     }
-    match app::run(&cli::Args::parse()) {
-        Ok(report) => {
-            print!("{report}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("quickstart: {error:#}");
-            ExitCode::FAILURE
-        }
+    match quickstart() {
+        Ok(code) => code,
+        Err(error) => match interrupt::caught() {
+            // Whatever failed did so because of that, or does not matter any more.
+            Some(signal) => {
+                say(format_args!("quickstart: interrupted"));
+                interrupt::end_by(signal);
+                ExitCode::FAILURE
+            }
+            None => {
+                say(format_args!("quickstart: {error:#}"));
+                ExitCode::FAILURE
+            }
+        },
     }
+}
+
+fn quickstart() -> Result<ExitCode> {
+    let args = match cli::Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            let printed = error.print().and_then(|()| io::stdout().flush());
+            // Help is what was asked for; a complaint that nobody hears is as good as one.
+            if !error.use_stderr() {
+                printed.context("cannot print the help")?;
+            }
+            let code = u8::try_from(error.exit_code()).unwrap_or(1);
+            return Ok(ExitCode::from(code));
+        }
+    };
+    interrupt::watch().context("cannot take over SIGINT, SIGTERM and SIGHUP")?;
+    let report = app::run(&args)?;
+    report.print().context("cannot print the result")?;
+    Ok(ExitCode::SUCCESS)
 }

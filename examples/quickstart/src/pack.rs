@@ -1,10 +1,11 @@
 //! From a plan to an image, with the digest of every file on the way.
 
 use crate::image::{self, Geometry, Partition, Volume};
+use crate::interrupt;
 use crate::limits::COPY_BUFFER;
 use crate::scan::{Plan, PlannedFile};
-use anyhow::{Context, Result};
-use quickstart_fs::manifest::DIGEST;
+use anyhow::{Context, Result, bail};
+use quickstart_fs::manifest::{self, DIGEST};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -94,6 +95,7 @@ fn make_entries<'plan, 'volume>(
             .remove(parent)
             .context("folders are planned before what is in them")?;
         for entry in entries {
+            interrupt::check()?;
             let error = || format!("cannot make {} in the disk image", entry.path);
             match entry.file {
                 None => {
@@ -143,6 +145,7 @@ fn copy(
     let mut source = File::open(&file.source).with_context(read_error)?;
     let mut hasher = Sha256::new();
     loop {
+        interrupt::check()?;
         let count = source.read(buffer).with_context(read_error)?;
         if count == 0 {
             break;
@@ -157,12 +160,32 @@ fn copy(
     Ok(hasher.finalize().into())
 }
 
-/// Reads every file of the volume in `path`, the manifest left out.
+/// Takes the image in `path` for another run: every file of it is read, and the manifest of the
+/// last run is deleted, lest it pass for that of a guest that writes none.
 ///
 /// # Errors
 ///
-/// When the image cannot be read.
-pub fn read_contents(path: &Path) -> Result<Contents> {
-    let volume = image::open(path, false)?;
-    crate::verify::walk(&volume)
+/// When the image cannot be read or written.
+pub fn take(path: &Path) -> Result<Contents> {
+    let volume = image::open(path, true)?;
+    let contents = crate::verify::walk(&volume)?;
+    delete_manifest(&volume)
+        .with_context(|| format!("cannot delete the old manifest {}", manifest::NAME))?;
+    volume.unmount().context("cannot write the disk image")?;
+    Ok(contents)
+}
+
+fn delete_manifest(volume: &Volume) -> Result<()> {
+    let root = volume.root_dir();
+    for entry in root.iter() {
+        let entry = entry?;
+        if !entry.file_name().eq_ignore_ascii_case(manifest::NAME) {
+            continue;
+        }
+        if entry.is_dir() {
+            bail!("it is a folder");
+        }
+        return Ok(root.remove(&entry.file_name())?);
+    }
+    Ok(())
 }

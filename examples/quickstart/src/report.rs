@@ -1,6 +1,7 @@
 //! The table at the end.
 
 use std::fmt;
+use std::io::{self, Write};
 use std::time::Duration;
 
 /// Everything that the table shows.
@@ -26,6 +27,24 @@ pub struct Report {
     pub kicks: u64,
     /// Entries that were left out.
     pub skipped: usize,
+}
+
+impl Report {
+    /// Prints the table.
+    ///
+    /// # Errors
+    ///
+    /// When standard output is full or nobody reads it.
+    pub fn print(&self) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        write!(out, "{self}")?;
+        out.flush()
+    }
+}
+
+/// Says something on standard error. That nobody listens is no reason to stop.
+pub fn say(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 impl fmt::Display for Report {

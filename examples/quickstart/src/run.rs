@@ -1,6 +1,8 @@
 //! The guest's run: a VM with one disk, served by another process.
 
 use crate::cli::Accel as Choice;
+use crate::interrupt;
+use crate::report::say;
 use anyhow::{Context, Result, bail};
 use quickstart_fs::manifest::{REPORT_CALL, Report as GuestReport, STARTED_CALL};
 use std::os::unix::process::CommandExt;
@@ -16,11 +18,14 @@ pub const BACKEND: &str = "pv-blkd";
 /// How long the guest may take to its first call.
 const BOOT_DEADLINE: Duration = Duration::from_secs(10);
 
+/// How long Ctrl-C may go unheard: less than anybody notices, and no load.
+const INTERRUPT_CHECK: Duration = Duration::from_millis(50);
+
 /// What to run.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestRun<'a> {
     /// The guest.
-    pub elf: &'a [u8],
+    pub image: &'a Image,
     /// Its disk.
     pub disk: &'a Path,
     /// What runs it.
@@ -66,8 +71,7 @@ type Shared = Arc<Mutex<Heard>>;
 pub fn run_guest(run: &GuestRun<'_>) -> Result<Outcome> {
     let heard = Shared::default();
     let start = Instant::now();
-    let image = Image::from_bytes(run.elf).context("the guest is refused")?;
-    let vm = builder(run, image, &heard)?
+    let vm = builder(run, &heard)?
         .build()
         .context("cannot build the VM")?;
     let accel = vm.accel();
@@ -91,11 +95,10 @@ pub fn run_guest(run: &GuestRun<'_>) -> Result<Outcome> {
     })
 }
 
-fn builder(run: &GuestRun<'_>, image: Image, heard: &Shared) -> Result<VmBuilder> {
-    // The backend is started by path from wherever the VMM likes.
-    let disk = run
-        .disk
-        .canonicalize()
+fn builder(run: &GuestRun<'_>, heard: &Shared) -> Result<VmBuilder> {
+    // The backend is started by path from wherever the VMM likes. Links stay as they are: one in
+    // /proc leads to a file that has no other path.
+    let disk = std::path::absolute(run.disk)
         .with_context(|| format!("cannot find {}", run.disk.display()))?;
     let backend = BlockConfig::spawn(move || {
         let mut command = Command::new("/proc/self/exe");
@@ -103,7 +106,7 @@ fn builder(run: &GuestRun<'_>, image: Image, heard: &Shared) -> Result<VmBuilder
         command
     });
     let (started, reported, logged) = (heard.clone(), heard.clone(), heard.clone());
-    let builder = VmBuilder::new(image)
+    let builder = VmBuilder::new(run.image.clone())
         .vcpus(run.vcpus)
         .memory(run.memory)
         .block(backend.name("disk"))
@@ -119,7 +122,7 @@ fn builder(run: &GuestRun<'_>, image: Image, heard: &Shared) -> Result<VmBuilder
         .log(move |level, line| {
             // The guest may be anybody's: nothing it says reaches the terminal unescaped.
             let line = line.trim_end().escape_debug().to_string();
-            eprintln!("guest: {line}");
+            say(format_args!("guest: {line}"));
             if level == LogLevel::Error {
                 lock(&logged).complaint = Some(line);
             }
@@ -136,9 +139,17 @@ fn lock(heard: &Shared) -> std::sync::MutexGuard<'_, Heard> {
 }
 
 fn wait(handle: &VmHandle, timeout: Duration, heard: &Shared) -> Result<()> {
-    let reason = match handle.wait_timeout(timeout) {
-        Some(reason) => reason,
-        None => {
+    let start = Instant::now();
+    let reason = loop {
+        let left = timeout.saturating_sub(start.elapsed());
+        if let Some(reason) = handle.wait_timeout(left.min(INTERRUPT_CHECK)) {
+            break reason;
+        }
+        if let Err(interrupted) = interrupt::check() {
+            handle.stop();
+            return Err(interrupted.into());
+        }
+        if start.elapsed() >= timeout {
             handle.stop();
             bail!(
                 "the guest was stopped after {} s: give it more with --timeout",

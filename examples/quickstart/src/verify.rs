@@ -1,6 +1,7 @@
 //! The image after the guest: every file again, and the manifest against what was packed.
 
 use crate::image::{self, Volume};
+use crate::interrupt;
 use crate::limits::COPY_BUFFER;
 use crate::pack::Contents;
 use anyhow::{Context, Result, bail};
@@ -46,7 +47,11 @@ fn same(expected: &Contents, found: &Contents) -> Result<()> {
 }
 
 /// Reads every file of a volume, the manifest left out.
-pub(crate) fn walk(volume: &Volume) -> Result<Contents> {
+///
+/// # Errors
+///
+/// When it cannot be read.
+pub fn walk(volume: &Volume) -> Result<Contents> {
     let mut contents = Contents::default();
     let mut buffer = vec![0; COPY_BUFFER];
     let mut open = vec![(volume.root_dir(), String::new())];
@@ -68,6 +73,7 @@ pub(crate) fn walk(volume: &Volume) -> Result<Contents> {
             let mut file = entry.to_file();
             let mut hasher = Sha256::new();
             loop {
+                interrupt::check()?;
                 let count = file.read(&mut buffer);
                 let count = count.with_context(|| format!("cannot read {full} of the image"))?;
                 if count == 0 {

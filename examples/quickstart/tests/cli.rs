@@ -1,6 +1,6 @@
 //! Bad arguments and missing files: one sentence, and a code that is not zero.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -111,4 +111,40 @@ fn guests_and_disks() {
     let said = complaint(&["--disk", text(dir.path())]);
     assert!(said.contains("is not a file"), "{said}");
     assert_eq!(fs::read(&junk).unwrap(), vec![7; 4096]);
+}
+
+#[test]
+fn guests_that_have_no_end_are_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "x").unwrap();
+    let large = dir.path().join("large");
+    File::create(&large).unwrap().set_len(1 << 40).unwrap();
+    for (guest, why) in [
+        ("/dev/zero", "/dev/zero is not a regular file"),
+        (text(dir.path()), "is not a regular file"),
+        (text(&large), "at most"),
+    ] {
+        let said = complaint(&["--guest", guest, text(dir.path())]);
+        assert!(said.contains("the guest is refused"), "{said}");
+        assert!(said.contains(why), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
+
+fn full() -> File {
+    File::options().write(true).open("/dev/full").unwrap()
+}
+
+#[test]
+fn output_that_nobody_takes() {
+    let quickstart = || Command::new(env!("CARGO_BIN_EXE_quickstart"));
+    let output = quickstart().arg("--help").stdout(full()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.starts_with("quickstart: cannot print"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    for (arg, code) in [("/nonexistent", 1), ("--frobnicate", 2)] {
+        let status = quickstart().arg(arg).stderr(full()).status().unwrap();
+        assert_eq!(status.code(), Some(code), "{arg}");
+    }
 }

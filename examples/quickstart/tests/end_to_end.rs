@@ -2,9 +2,10 @@
 //!
 //! `PARAVANE_ACCEL=kvm` or `=process` forces one, which then has to work.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -24,22 +25,29 @@ fn accels() -> Vec<String> {
 
 /// Runs to the end or, past the limit, to a failure: never hangs.
 fn quickstart(args: &[&str]) -> Output {
+    let mut command = command(args);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    finish(command.spawn().unwrap())
+}
+
+fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quickstart"));
     command.args(args).args(["--timeout", "60"]);
+    command.stdin(Stdio::null());
     command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap();
+}
+
+fn finish(mut child: Child) -> Output {
+    wait_for("the end", || child.try_wait().unwrap().is_some());
+    child.wait_with_output().unwrap()
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if start.elapsed() > LIMIT {
-            child.kill().unwrap();
-            panic!("{args:?} did not end");
-        }
+    while !done() {
+        assert!(start.elapsed() < LIMIT, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
-    child.wait_with_output().unwrap()
 }
 
 /// The table of a run that must go well.
@@ -186,4 +194,129 @@ fn a_damaged_disk_is_reported() {
         said.contains("is not a disk image with a FAT partition"),
         "{said}"
     );
+}
+
+/// A folder that takes long to pack: one file of this many bytes, without blocks.
+fn slow_folder(bytes: u64) -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("folder");
+    fs::create_dir(&folder).unwrap();
+    let file = File::create(folder.join("sparse")).unwrap();
+    file.set_len(bytes).unwrap();
+    (dir, folder)
+}
+
+fn signal(child: &Child, name: &str) {
+    let mut kill = Command::new("kill");
+    let status = kill.args(["-s", name, &child.id().to_string()]).status();
+    assert!(status.unwrap().success());
+}
+
+fn is_empty(folder: &Path) -> bool {
+    fs::read_dir(folder).unwrap().next().is_none()
+}
+
+/// Whether packing has begun: the child has a file of a disk's size open.
+fn is_packing(child: &Child) -> bool {
+    let Ok(entries) = fs::read_dir(format!("/proc/{}/fd", child.id())) else {
+        return false;
+    };
+    let mut files = entries.filter_map(|entry| fs::metadata(entry.ok()?.path()).ok());
+    files.any(|file| file.is_file() && file.len() > 32 << 20)
+}
+
+#[test]
+fn an_interrupted_run_leaves_no_image() {
+    let (dir, folder) = slow_folder(3 << 30);
+    let disk = dir.path().join("disk.img");
+    let partial = dir.path().join("disk.img.partial");
+    for (name, number) in [("INT", 2), ("TERM", 15), ("HUP", 1)] {
+        let mut command = command(&["--disk", text(&disk), text(&folder)]);
+        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        wait_for("half an image", || is_packing(&child));
+        assert!(!disk.exists());
+        signal(&child, name);
+        let output = finish(child);
+        assert_eq!(output.status.signal(), Some(number), "{:?}", output.status);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.ends_with("quickstart: interrupted\n"), "{said}");
+        assert!(!disk.exists() && !partial.exists());
+    }
+
+    // What nobody can clean up after is replaced by the next run.
+    let child = command(&["--disk", text(&disk), text(&folder)])
+        .spawn()
+        .unwrap();
+    wait_for("half an image", || is_packing(&child));
+    signal(&child, "KILL");
+    finish(child);
+    assert!(partial.exists() && !disk.exists());
+    fs::remove_dir_all(&folder).unwrap();
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("file"), "x").unwrap();
+    let accel = accels().remove(0);
+    let table = table(&["--accel", &accel, "--disk", text(&disk), text(&folder)]);
+    assert_eq!(row(&table, "bytes"), "1");
+    assert!(disk.exists() && !partial.exists());
+}
+
+#[test]
+fn scratch_is_gone_however_the_run_ends() {
+    let (_dir, folder) = slow_folder(3 << 30);
+    let scratch = tempfile::tempdir().unwrap();
+    for name in ["INT", "KILL"] {
+        let mut command = command(&[text(&folder)]);
+        let child = command.env("TMPDIR", scratch.path()).spawn().unwrap();
+        wait_for("half an image", || is_packing(&child));
+        signal(&child, name);
+        finish(child);
+        assert!(is_empty(scratch.path()), "{name}");
+    }
+}
+
+/// The last run's manifest does not pass for that of a guest that writes none.
+#[test]
+fn the_last_manifest_does_not_count() {
+    let (dir, folder) = folder();
+    let disk = dir.path().join("disk.img");
+    let hello = dir.path().join("hello.elf");
+    fs::write(&hello, guest_images::FIRST_GUEST).unwrap();
+    for accel in accels() {
+        table(&["--accel", &accel, "--disk", text(&disk), text(&folder)]);
+        let volume = quickstart::image::open(&disk, false).unwrap();
+        let packed = quickstart::verify::walk(&volume).unwrap();
+        drop(volume);
+        quickstart::verify::verify(&disk, &packed).unwrap();
+        let hello = text(&hello);
+        complaint(&["--accel", &accel, "--guest", hello, "--disk", text(&disk)]);
+        let error = quickstart::verify::verify(&disk, &packed).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains("left no readable manifest"), "{error}");
+        table(&["--accel", &accel, "--disk", text(&disk)]);
+        fs::remove_file(&disk).unwrap();
+    }
+}
+
+#[test]
+fn output_that_nobody_takes() {
+    let (_dir, folder) = folder();
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    for accel in accels() {
+        let command = || command(&["--accel", &accel, text(&folder)]);
+        let (reader, closed) = std::io::pipe().unwrap();
+        drop(reader);
+        for stdout in [Stdio::from(full()), Stdio::from(closed)] {
+            let child = command().stdout(stdout).stderr(Stdio::piped()).spawn();
+            let output = finish(child.unwrap());
+            assert_eq!(output.status.code(), Some(1));
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert!(said.contains("\nquickstart: cannot print"), "{said}");
+            assert!(!said.contains("panicked"), "{said}");
+        }
+        let child = command().stdout(Stdio::piped()).stderr(full()).spawn();
+        let output = finish(child.unwrap());
+        assert!(output.status.success(), "{:?}", output.status);
+        let table = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(row(&table, "files"), "3");
+    }
 }

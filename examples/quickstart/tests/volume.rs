@@ -1,7 +1,7 @@
 //! The guest's file system work on real images: the same code, on a file instead of a device.
 
 use quickstart::image::FileDisk;
-use quickstart::pack::{Contents, pack, read_contents};
+use quickstart::pack::{Contents, pack, take};
 use quickstart::scan::Plan;
 use quickstart::verify::verify;
 use quickstart_fs::walk::{Summary, hash_volume, timestamp};
@@ -105,7 +105,7 @@ fn names_sizes_and_nesting() {
     fs::create_dir_all(bench.folder().join("nothing/in here")).unwrap();
 
     let packed = bench.pack();
-    assert_eq!(read_contents(&bench.image()).unwrap(), packed);
+    assert_eq!(take(&bench.image()).unwrap(), packed);
     let summary = bench.guest();
     verify(&bench.image(), &packed).unwrap();
     assert_eq!(summary.files, packed.digests.len() as u64);
@@ -166,6 +166,17 @@ fn changes_are_found() {
         format!("{error:#}").contains("left no readable manifest"),
         "{error:#}"
     );
+    bench.guest();
+    verify(&bench.image(), &packed).unwrap();
+
+    // Taken again, it has no manifest that could pass for one of the next guest.
+    assert_eq!(take(&bench.image()).unwrap(), packed);
+    let error = verify(&bench.image(), &packed).unwrap_err();
+    assert!(
+        format!("{error:#}").contains("left no readable manifest"),
+        "{error:#}"
+    );
+    assert_eq!(take(&bench.image()).unwrap(), packed);
     bench.guest();
     verify(&bench.image(), &packed).unwrap();
 
