@@ -11,8 +11,8 @@
 const PATIENCE: u32 = 8;
 /// Most patience, which doubles with every move: a scheduler that knows better is left alone.
 const MOST_PATIENCE: u32 = 1 << 16;
-/// Calls in a row from the same CPU that give the first patience back.
-const SETTLED: u32 = 1 << 10;
+/// Calls in a row from the same CPU that pay for a move, and give the first patience back.
+const SETTLED: u32 = 16;
 /// The bits of the kernel's hint that are the CPU; the others are its node.
 const CPU_BITS: u32 = 0xfff;
 
