@@ -70,7 +70,7 @@ fn compare(
     fio: bool,
     report: &mut Report,
 ) -> Result<()> {
-    let (rounds, ms) = if plan.quick { (2, 500) } else { (7, 2000) };
+    let (rounds, ms) = if plan.quick { (2, 500) } else { (5, 1500) };
     let mut floor = Vec::new();
     let mut runs: Vec<Vec<Run>> = disks.iter().map(|_| Vec::new()).collect();
     for round in 0..=rounds {

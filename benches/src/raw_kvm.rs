@@ -10,7 +10,7 @@ use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
-use pv_abi::layout::{MONITOR_BASE, PAGE_TABLES_BASE, RAM_BASE, VMM_BASE, VMM_LEN};
+use pv_abi::layout::{GATE_BASE, MONITOR_BASE, PAGE_TABLES_BASE, RAM_BASE, VMM_BASE, VMM_LEN};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Written for a call; leaves `KVM_RUN`.
@@ -130,7 +130,7 @@ impl Code {
     }
 
     fn address(self) -> u64 {
-        RAM_BASE + 256 * self as u64
+        GATE_BASE + 256 * self as u64
     }
 }
 
@@ -152,7 +152,7 @@ impl RawVm {
             unsafe { vm.set_user_memory_region(region) }.context("memory slot")?;
         }
         for code in Code::ALL {
-            ram.write(code.address() - RAM_BASE, code.bytes())?;
+            control.write(code.address() - VMM_BASE, code.bytes())?;
         }
         control.write(TSS - VMM_BASE, &tss())?;
         for (offset, entries) in page_tables() {
@@ -227,16 +227,28 @@ fn tss() -> Vec<u8> {
     tss
 }
 
-/// Three tables: the first 4 MiB of the monitor for CPL 0, one large page of RAM for CPL 3.
-fn page_tables() -> [(u64, Vec<(u64, u64)>); 3] {
+/// Page tables of the same depth as the library's: 4 KiB pages for the TSS (CPL 0) and the code
+/// (CPL 3), a large one for the RAM.
+fn page_tables() -> [(u64, Vec<(u64, u64)>); 5] {
     const TABLE: u64 = 0x27; // present, writable, user, accessed
-    const LARGE: u64 = 0xe3; // present, writable, accessed, dirty, large
-    const USER: u64 = 4;
-    let large = |gpa: u64, flags| (gpa >> 21, gpa & !0x1f_ffff | LARGE | flags);
+    const SYSTEM: u64 = 0x63; // present, writable, accessed, dirty
+    const CODE: u64 = 0x65; // present, user, accessed, dirty
+    const LARGE: u64 = 0xe7; // present, writable, user, accessed, dirty, large
+    let table = |index: u64| (PAGE_TABLES_BASE + index * 0x1000) | TABLE;
+    let page = |gpa: u64, flags| (gpa >> 12 & 511, gpa | flags);
     [
-        (0, vec![(0, (PAGE_TABLES_BASE + 0x1000) | TABLE)]),
-        (0x1000, vec![(0, (PAGE_TABLES_BASE + 0x2000) | TABLE)]),
-        (0x2000, vec![large(MONITOR_BASE, 0), large(RAM_BASE, USER)]),
+        (0, vec![(0, table(1))]),
+        (0x1000, vec![(0, table(2))]),
+        (
+            0x2000,
+            vec![
+                (MONITOR_BASE >> 21, table(3)),
+                (GATE_BASE >> 21, table(4)),
+                (RAM_BASE >> 21, RAM_BASE | LARGE),
+            ],
+        ),
+        (0x3000, vec![page(MONITOR_BASE, SYSTEM), page(TSS, SYSTEM)]),
+        (0x4000, vec![page(GATE_BASE, CODE)]),
     ]
 }
 

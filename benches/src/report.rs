@@ -142,8 +142,8 @@ impl Report {
                 bench = row.bench;
                 let _ = writeln!(
                     out,
-                    "\n{bench}\n  {:<8} {:<40} {:>30}  {:>30}  {}",
-                    "accel", "figure", "median [p10 .. p90]", "floor", "bar"
+                    "\n{bench}\n  {:<8} {:<40} {:>30}  {:>30}  bar",
+                    "accel", "figure", "median [p10 .. p90]", "floor"
                 );
             }
             let measured = format!("{} {}", spread(&row.measured), row.unit);
