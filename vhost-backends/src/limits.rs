@@ -33,3 +33,5 @@ pub const MAX_BATCH: usize = 32;
 pub const MAX_REFUSALS_LOGGED: u32 = 8;
 /// Reports of retired rings in the log, for each device: a guest can cause them at will.
 pub const MAX_RETIRED_LOGGED: u64 = 16;
+/// Seconds that a frontend may take to confirm what a device tells it.
+pub const BACKEND_ACK_TIMEOUT_SECS: u64 = 10;

@@ -135,11 +135,15 @@ where
     }
 
     fn features(&self) -> u64 {
-        // The session serves no packed rings and no dirty log yet.
+        // The backend walks its own rings: no packed ones, and no dirty log.
         self.inner.backend.features()
             & !(feature::RING_PACKED
                 | VhostUserVirtioFeatures::LOG_ALL.bits()
                 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits())
+    }
+
+    fn serves_through_ring(&self) -> bool {
+        false
     }
 
     fn config(&self) -> Vec<u8> {

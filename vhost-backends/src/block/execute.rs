@@ -6,7 +6,7 @@ use super::{Counters, Disk};
 use crate::engine::{Engine, Finished, Operation, Token, WakeSources, open_engine};
 use crate::limits::{MAX_BATCH, MAX_IN_FLIGHT, MAX_RETIRED_LOGGED};
 use crate::readiness::Event;
-use crate::ring::{Completion, DeviceRing, OwnedChain, SplitRing};
+use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
 use crate::session::{Notifier, QueueSetup, QueueStop, QueueWorker};
 use pv_abi::virtio::block::status;
 use std::io;
@@ -94,7 +94,7 @@ struct Pending {
 
 struct Worker {
     disk: Arc<Disk>,
-    ring: SplitRing,
+    ring: Ring,
     engine: Box<dyn Engine>,
     memory: Arc<GuestMemoryMmap>,
     call: Arc<Notifier>,
@@ -110,7 +110,7 @@ struct Worker {
 impl Worker {
     fn new(
         disk: Arc<Disk>,
-        ring: SplitRing,
+        ring: Ring,
         engine: Box<dyn Engine>,
         memory: Arc<GuestMemoryMmap>,
         call: Arc<Notifier>,

@@ -1,5 +1,6 @@
 //! One descriptor chain as an owned value.
 
+use super::Retire;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 /// A buffer of the guest, checked to lie in memory when the chain was walked.
@@ -52,7 +53,32 @@ impl OwnedChain {
         }
     }
 
-    pub(super) fn push(&mut self, segment: Segment, writable: bool) {
+    /// Adds a buffer that a descriptor names; one without bytes is left out.
+    pub(super) fn take(
+        &mut self,
+        mem: &GuestMemoryMmap,
+        addr: u64,
+        len: u32,
+        writable: bool,
+    ) -> Result<(), Retire> {
+        let head = self.head;
+        if !writable && self.writable > 0 {
+            return Err(Retire::ReadableAfterWritable { head });
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        check_buffer(mem, addr, len)?;
+        let bytes = self.readable + self.writable + u64::from(len);
+        if bytes > u64::from(u32::MAX) {
+            return Err(Retire::TooManyBytes { head });
+        }
+        let addr = GuestAddress(addr);
+        self.push(Segment { addr, len }, writable);
+        Ok(())
+    }
+
+    fn push(&mut self, segment: Segment, writable: bool) {
         self.segments.push(segment);
         if writable {
             self.writable += u64::from(segment.len);
@@ -151,6 +177,18 @@ impl OwnedChain {
         each: impl FnMut(VolatileSlice<'m, ()>),
     ) -> Result<(), ChainError> {
         slices(self.writable(), self.writable, mem, offset, len, each)
+    }
+}
+
+/// Whether a buffer lies in memory.
+pub(super) fn check_buffer(mem: &GuestMemoryMmap, addr: u64, len: u32) -> Result<(), Retire> {
+    let inside = addr
+        .checked_add(u64::from(len))
+        .is_some_and(|_| GuestMemoryBackend::check_range(mem, GuestAddress(addr), len as usize));
+    if inside {
+        Ok(())
+    } else {
+        Err(Retire::BadAddress { addr, len })
     }
 }
 

@@ -8,23 +8,59 @@
 //! the same typed [`Retire`] from then on, and only a new ring (a reset) ends that. Nothing here
 //! logs, allocates or loops without a bound that the driver cannot move.
 
+mod any;
 mod chain;
+pub(crate) mod crash;
+mod dirty;
+mod inflight;
+mod packed;
+mod place;
 mod split;
 #[cfg(test)]
 mod tests;
 
+pub use any::{Ring, RingSetup};
 pub use chain::{ChainError, OwnedChain, Segment};
+pub use dirty::{DirtyLog, DirtyLogError};
+pub use inflight::{InflightError, InflightLog};
+pub use packed::PackedRing;
 pub use split::{RingConfig, SplitRing};
+
+pub(crate) use dirty::RingDirty;
+use place::check_part;
 
 use vm_memory::GuestAddress;
 
-/// Where a ring has got to: what a stop hands out and a start takes in.
+/// Where a ring has got to: what a stop hands out and a start takes in. Of a packed ring, bit 15
+/// is the wrap counter and the rest an index into the ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RingState {
     /// Index of the next available entry to take.
     pub next_avail: u16,
     /// Index of the next used element to write.
     pub next_used: u16,
+}
+
+impl RingState {
+    /// As `SET_VRING_BASE` of a packed ring gives it.
+    pub(crate) fn from_packed_base(base: u32) -> RingState {
+        // Halves of a u32.
+        let (next_avail, next_used) = (base as u16, (base >> 16) as u16);
+        RingState {
+            next_avail,
+            // Frontends that know one index only mean both: nothing is in flight.
+            next_used: if next_used == 0 {
+                next_avail
+            } else {
+                next_used
+            },
+        }
+    }
+
+    /// As `GET_VRING_BASE` of a packed ring gives it.
+    pub(crate) fn to_packed_base(self) -> u32 {
+        u32::from(self.next_avail) | u32::from(self.next_used) << 16
+    }
 }
 
 /// Why a ring was retired: one variant per rule that a driver can break.
@@ -130,9 +166,15 @@ pub enum RingError {
         /// Its address.
         addr: u64,
     },
+    /// A state to go on from that is not one of this ring.
+    #[error("there is no index {0:#x}")]
+    BadState(u16),
+    /// An in-flight log that is not of this ring, or was damaged.
+    #[error("the in-flight log does not belong to this ring")]
+    BadInflightLog,
 }
 
-/// The three parts of a split ring.
+/// The three parts of a split ring, and of a packed one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingPart {
     /// Descriptor table.
@@ -141,6 +183,12 @@ pub enum RingPart {
     AvailableRing,
     /// Used ring.
     UsedRing,
+    /// Descriptor ring.
+    DescriptorRing,
+    /// Driver event suppression structure.
+    DriverEvent,
+    /// Device event suppression structure.
+    DeviceEvent,
 }
 
 impl std::fmt::Display for RingPart {
@@ -149,6 +197,9 @@ impl std::fmt::Display for RingPart {
             RingPart::DescriptorTable => "descriptor table",
             RingPart::AvailableRing => "available ring",
             RingPart::UsedRing => "used ring",
+            RingPart::DescriptorRing => "descriptor ring",
+            RingPart::DriverEvent => "driver event structure",
+            RingPart::DeviceEvent => "device event structure",
         })
     }
 }

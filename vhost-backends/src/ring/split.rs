@@ -6,17 +6,22 @@
 //! malformed chain, logs each one and follows indirect tables of 65,535 entries), the used ring
 //! (it publishes element by element), and the test whether to signal (it ignores `NO_INTERRUPT`).
 
+use super::chain::check_buffer;
+use super::crash::{Point, hit};
+use super::dirty::RingDirty;
+use super::inflight::{QueueLog, SplitLog};
 use super::{
-    Completion, DeviceRing, OwnedChain, Retire, RingError, RingPart, RingState, Segment, at,
+    Completion, DeviceRing, OwnedChain, Retire, RingError, RingPart, RingState, at, check_part,
     used_elem_offset, used_event_offset,
 };
 use crate::limits::MAX_RING_SIZE;
 use pv_abi::limits::MAX_CHAIN_LEN;
 use pv_abi::virtio::{AVAIL_NO_INTERRUPT, Desc, UsedElem, desc_flag, split};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// A ring's registers, frozen when the ring is made.
@@ -58,6 +63,10 @@ pub struct SplitRing {
     in_flight: Vec<u64>,
     in_flight_count: usize,
     retired: Option<Retire>,
+    /// Heads that the last process had in flight: given out before new ones.
+    resubmit: VecDeque<u16>,
+    log: Option<SplitLog>,
+    dirty: Option<RingDirty>,
 }
 
 impl SplitRing {
@@ -118,7 +127,36 @@ impl SplitRing {
             in_flight: vec![0; usize::from(size).div_ceil(64)],
             in_flight_count: 0,
             retired: None,
+            resubmit: VecDeque::new(),
+            log: None,
+            dirty: None,
         })
+    }
+
+    /// Keeps an in-flight log from here on. What an old one holds decides where the ring goes on,
+    /// and its chains are given out first.
+    pub(crate) fn attach_log(&mut self, queue: QueueLog) -> Result<(), RingError> {
+        let used = self.published_used();
+        let (log, heads) = SplitLog::open(queue, self.size, used)?;
+        if let Some(heads) = heads {
+            // At most as many as there are entries.
+            let count = heads.len() as u16;
+            self.restore(RingState {
+                next_avail: used.wrapping_add(count),
+                next_used: used,
+            });
+            for head in &heads {
+                self.set_in_flight(*head, true);
+            }
+            self.resubmit = heads.into();
+        }
+        self.log = Some(log);
+        Ok(())
+    }
+
+    /// Marks dirty what is written from here on.
+    pub(crate) fn attach_dirty(&mut self, dirty: RingDirty) {
+        self.dirty = Some(dirty);
     }
 
     /// Entries of the ring.
@@ -160,6 +198,12 @@ impl SplitRing {
     }
 
     fn pop_inner(&mut self) -> Result<Option<OwnedChain>, Retire> {
+        if let Some(head) = self.resubmit.front() {
+            let chain = self.walk(*head)?;
+            self.resubmit.pop_front();
+            hit(Point::P2);
+            return Ok(Some(chain));
+        }
         let next = self.queue.next_avail();
         if next == self.known_avail {
             // Ordering: Acquire pairs with the driver's release of the index, so the entries and
@@ -192,7 +236,21 @@ impl SplitRing {
         if self.is_in_flight(head) {
             return Err(Retire::HeadInFlight { head });
         }
-        let chain = self.walk(head)?;
+        if let Some(log) = &mut self.log {
+            log.taken(head);
+        }
+        hit(Point::P1);
+        let chain = match (self.walk(head), &self.log) {
+            (Ok(chain), _) => chain,
+            (Err(reason), log) => {
+                // Not taken: it would be found again at the same place.
+                if let Some(log) = log {
+                    log.given_back(head);
+                }
+                return Err(reason);
+            }
+        };
+        hit(Point::P2);
         self.queue.set_next_avail(next.wrapping_add(1));
         self.set_in_flight(head, true);
         if self.armed && !self.event_idx {
@@ -201,6 +259,7 @@ impl SplitRing {
             self.queue
                 .disable_notification(&*self.mem)
                 .map_err(|_| Retire::RingAccess)?;
+            self.dirty_used(0, 2);
         }
         self.armed = false;
         Ok(Some(chain))
@@ -229,7 +288,8 @@ impl SplitRing {
             if total > MAX_CHAIN_LEN {
                 return Err(Retire::TooLong { head });
             }
-            self.take_buffer(&mut chain, desc)?;
+            let writable = desc.flags & desc_flag::WRITE != 0;
+            chain.take(&self.mem, desc.addr, desc.len, writable)?;
             if desc.flags & desc_flag::NEXT == 0 {
                 return Ok(chain);
             }
@@ -263,45 +323,9 @@ impl SplitRing {
         if desc.len == 0 || !desc.len.is_multiple_of(16) || count as usize > MAX_CHAIN_LEN {
             return Err(Retire::BadIndirectLen { len: desc.len });
         }
-        self.check_buffer(desc.addr, desc.len)?;
+        check_buffer(&self.mem, desc.addr, desc.len)?;
         // At most MAX_CHAIN_LEN.
         Ok((GuestAddress(desc.addr), count as u16))
-    }
-
-    fn take_buffer(&self, chain: &mut OwnedChain, desc: Desc) -> Result<(), Retire> {
-        let head = chain.head();
-        let writable = desc.flags & desc_flag::WRITE != 0;
-        if !writable && chain.writable_len() > 0 {
-            return Err(Retire::ReadableAfterWritable { head });
-        }
-        if desc.len == 0 {
-            return Ok(());
-        }
-        self.check_buffer(desc.addr, desc.len)?;
-        let bytes = chain.readable_len() + chain.writable_len() + u64::from(desc.len);
-        if bytes > u64::from(u32::MAX) {
-            return Err(Retire::TooManyBytes { head });
-        }
-        let addr = GuestAddress(desc.addr);
-        chain.push(
-            Segment {
-                addr,
-                len: desc.len,
-            },
-            writable,
-        );
-        Ok(())
-    }
-
-    fn check_buffer(&self, addr: u64, len: u32) -> Result<(), Retire> {
-        let inside = addr.checked_add(u64::from(len)).is_some_and(|_| {
-            GuestMemoryBackend::check_range(&*self.mem, GuestAddress(addr), len as usize)
-        });
-        if inside {
-            Ok(())
-        } else {
-            Err(Retire::BadAddress { addr, len })
-        }
     }
 
     fn is_in_flight(&self, head: u16) -> bool {
@@ -334,23 +358,50 @@ impl SplitRing {
                 debug_assert!(false, "head {} completed but not in flight", done.head);
                 continue;
             }
+            hit(Point::P3);
+            if let Some(dirty) = &mut self.dirty {
+                dirty.given_back(done.head);
+            }
+            let offset = used_elem_offset(next, self.size);
             let elem = UsedElem {
                 id: u32::from(done.head).to_le(),
                 len: done.written.to_le(),
             };
             self.mem
-                .write_slice(
-                    elem.as_bytes(),
-                    at(self.used, used_elem_offset(next, self.size)),
-                )
+                .write_slice(elem.as_bytes(), at(self.used, offset))
                 .map_err(|_| Retire::RingAccess)?;
+            self.dirty_used(offset, size_of::<UsedElem>() as u64);
+            if let Some(log) = &self.log {
+                log.batched(done.head);
+            }
             next = next.wrapping_add(1);
+            hit(Point::P4);
         }
         self.queue.set_next_used(next);
         // Ordering: Release, so a driver that sees the index sees the elements and the data.
         self.mem
             .store(next.to_le(), at(self.used, 2), Ordering::Release)
-            .map_err(|_| Retire::RingAccess)
+            .map_err(|_| Retire::RingAccess)?;
+        hit(Point::P5);
+        if let Some(log) = &self.log {
+            for done in batch.iter().filter(|done| done.head < self.size) {
+                log.given_back(done.head);
+                hit(Point::P6);
+            }
+            log.batch_done(next);
+        }
+        self.dirty_used(2, 2);
+        if let Some(dirty) = &self.dirty {
+            dirty.signal();
+        }
+        Ok(())
+    }
+
+    /// Bytes of the used ring were written.
+    fn dirty_used(&self, offset: u64, len: u64) {
+        if let Some(dirty) = &self.dirty {
+            dirty.ring_written(offset, len);
+        }
     }
 
     fn wants_signal(&mut self) -> Result<bool, Retire> {
@@ -387,7 +438,12 @@ impl DeviceRing for SplitRing {
             return Err(reason);
         }
         match self.pop_inner() {
-            Ok(chain) => Ok(chain),
+            Ok(chain) => {
+                if let (Some(dirty), Some(chain)) = (&mut self.dirty, &chain) {
+                    dirty.taken(chain);
+                }
+                Ok(chain)
+            }
             Err(reason) => self.retire(reason),
         }
     }
@@ -407,8 +463,14 @@ impl DeviceRing for SplitRing {
         }
         self.armed = true;
         // Writes `avail_event` or the flags, fences, and reads the available index again.
-        match self.queue.enable_notification(&*self.mem) {
-            Ok(more) => more,
+        let more = self.queue.enable_notification(&*self.mem);
+        if self.event_idx {
+            self.dirty_used(used_elem_offset(0, self.size) + 8 * u64::from(self.size), 2);
+        } else {
+            self.dirty_used(0, 2);
+        }
+        match more {
+            Ok(more) => more || !self.resubmit.is_empty(),
             Err(_) => {
                 self.retired = Some(Retire::RingAccess);
                 false
@@ -419,10 +481,11 @@ impl DeviceRing for SplitRing {
     fn has_more(&self) -> bool {
         // Ordering: Relaxed, `pop` acquires before it believes anything.
         self.retired.is_none()
-            && self
-                .queue
-                .avail_idx(&*self.mem, Ordering::Relaxed)
-                .is_ok_and(|index| index.0 != self.queue.next_avail())
+            && (!self.resubmit.is_empty()
+                || self
+                    .queue
+                    .avail_idx(&*self.mem, Ordering::Relaxed)
+                    .is_ok_and(|index| index.0 != self.queue.next_avail()))
     }
 
     fn should_signal(&mut self) -> bool {
@@ -436,7 +499,7 @@ impl DeviceRing for SplitRing {
     }
 
     fn in_flight(&self) -> usize {
-        self.in_flight_count
+        self.in_flight_count - self.resubmit.len()
     }
 
     fn save(&self) -> RingState {
@@ -454,33 +517,7 @@ impl DeviceRing for SplitRing {
         self.signalled_valid = false;
         self.in_flight.fill(0);
         self.in_flight_count = 0;
+        self.resubmit.clear();
         self.armed = true;
-    }
-}
-
-/// A part of a ring lies in one region and is aligned for guest and host alike.
-fn check_part(
-    mem: &GuestMemoryMmap,
-    part: RingPart,
-    addr: GuestAddress,
-    align: u64,
-    len: u64,
-) -> Result<(), RingError> {
-    let misaligned = RingError::Misaligned { part, addr: addr.0 };
-    let outside = RingError::OutsideMemory { part, addr: addr.0 };
-    if !addr.0.is_multiple_of(align) {
-        return Err(misaligned);
-    }
-    let region = mem.find_region(addr).ok_or(outside)?;
-    let end = addr.0.checked_add(len - 1).ok_or(outside)?;
-    if end > region.last_addr().0 {
-        return Err(outside);
-    }
-    // An odd region base makes aligned guest addresses misaligned here.
-    let host = GuestMemoryBackend::get_host_address(mem, addr).map_err(|_| outside)?;
-    if (host as usize as u64).is_multiple_of(align) {
-        Ok(())
-    } else {
-        Err(misaligned)
     }
 }

@@ -1,7 +1,8 @@
 //! What a session needs of a device, and what it gives to one.
 
 use crate::readiness::{Interest, wait};
-use crate::ring::{Retire, RingState, SplitRing};
+use crate::ring::{Retire, Ring, RingState};
+use crate::session::FrontendLink;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,6 +33,16 @@ pub trait Device: Send + Sync {
     fn write_config(&self, _offset: u32, _data: &[u8]) -> Result<(), ConfigRefused> {
         Err(ConfigRefused)
     }
+
+    /// Whether its queues and the guest's memory are reached through [`QueueSetup::ring`] and its
+    /// chains alone. Then the session also offers what the ring does by itself: packed rings, the
+    /// in-flight log and the dirty log.
+    fn serves_through_ring(&self) -> bool {
+        true
+    }
+
+    /// The way to tell the frontend something, once there is one; `None` when it is gone.
+    fn set_frontend(&self, _frontend: Option<Arc<FrontendLink>>) {}
 
     /// Starts serving a queue, usually with a thread of its own. It looks at the ring at once,
     /// without waiting for a kick: kicks from before this start may be lost.
@@ -67,7 +78,7 @@ pub struct QueueSetup {
     /// The queue's index.
     pub index: u16,
     /// Its ring, in place and in the memory that buffers are in.
-    pub ring: SplitRing,
+    pub ring: Ring,
     /// Readable when the driver kicked. Edges count: it need not be drained.
     pub kick: OwnedFd,
     /// Calls the driver.

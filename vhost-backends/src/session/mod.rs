@@ -14,12 +14,16 @@
 //! | this | typed request and state to an answer |
 //! | `vring`, `memory` | the state |
 //! | `device` | the seam to devices |
+//! | `backend_channel` | what the backend has to say without being asked |
+//! | `memfd` | memory that is given to the frontend |
 //! | `server` | connection after connection |
 //!
-//! The in-flight log and the dirty log have their places in `vring` (around start and stop) and
-//! in `memory` (one log for all slots). Until they are there, they are not offered.
+//! The in-flight log and the dirty log are the ring's ([`crate::ring`]); here they are mapped and
+//! given to rings as these start.
 
+mod backend_channel;
 mod device;
+mod memfd;
 pub(crate) mod memory;
 mod request;
 mod server;
@@ -27,18 +31,25 @@ mod socket;
 mod vring;
 mod wire;
 
+pub use backend_channel::FrontendLink;
 pub use device::{ConfigRefused, Device, Notifier, QueueSetup, QueueStop, QueueWorker};
 pub use memory::MemoryError;
 pub use request::Refusal;
 pub use server::{Server, ServerHandle, SessionEnd};
 
-use crate::limits::{MAX_MEM_SLOTS, MAX_REFUSALS_LOGGED};
+use crate::limits::{MAX_MEM_SLOTS, MAX_QUEUES, MAX_REFUSALS_LOGGED, MAX_RING_SIZE};
+use crate::ring::crash::{Point, hit};
+use crate::ring::{DirtyLog, InflightLog};
 use memory::MemoryTable;
+use pv_abi::virtio::feature;
 use request::{Answer, Request, answer_kind};
 use socket::{Channel, ChannelEnd, Message};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vring::Vring;
-use wire::{FLAG_NEED_REPLY, VringState};
+use vring::{LOG_ALL, Surroundings, Vring};
+use wire::{FLAG_NEED_REPLY, Inflight, LogBase, VringState};
 use zerocopy::IntoBytes;
 
 /// The virtio feature bit that says that there are protocol features.
@@ -50,14 +61,21 @@ pub const PROTOCOL_FEATURES_SERVED: VhostUserProtocolFeatures = VhostUserProtoco
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    .union(VhostUserProtocolFeatures::STATUS);
+    .union(VhostUserProtocolFeatures::STATUS)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ);
+
+/// Protocol features that sessions serve for devices which [serve through the
+/// ring](Device::serves_through_ring).
+pub const PROTOCOL_FEATURES_OF_RINGS: VhostUserProtocolFeatures =
+    VhostUserProtocolFeatures::INFLIGHT_SHMFD.union(VhostUserProtocolFeatures::LOG_SHMFD);
 
 /// What a request is answered with.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Reply {
     /// It was done; there is nothing more to say.
     Done,
     Payload(Vec<u8>),
+    PayloadAndFd(Vec<u8>, OwnedFd),
 }
 
 /// The state of one connection.
@@ -66,6 +84,9 @@ struct Session<'d> {
     features: u64,
     protocol_features: u64,
     memory: MemoryTable,
+    inflight: Option<Arc<InflightLog>>,
+    dirty: Option<Arc<DirtyLog>>,
+    dirty_call: Arc<Notifier>,
     vrings: Vec<Vring>,
     status: u8,
     refused: u32,
@@ -78,6 +99,9 @@ impl<'d> Session<'d> {
             features: 0,
             protocol_features: 0,
             memory: MemoryTable::default(),
+            inflight: None,
+            dirty: None,
+            dirty_call: Arc::default(),
             vrings: (0..device.queue_count()).map(Vring::new).collect(),
             status: 0,
             refused: 0,
@@ -95,6 +119,7 @@ impl<'d> Session<'d> {
             }
         };
         self.pause_all();
+        self.device.set_frontend(None);
         end
     }
 
@@ -109,6 +134,9 @@ impl<'d> Session<'d> {
         }
         match (answer_kind(header.request), outcome) {
             (_, Ok(Reply::Payload(payload))) => channel.reply(header.request, &payload),
+            (_, Ok(Reply::PayloadAndFd(payload, fd))) => {
+                channel.reply_with_fd(header.request, &payload, &fd)
+            }
             // As GET_CONFIG does it: an empty reply is an error that the frontend can see.
             (Answer::Payload, _) => channel.reply(header.request, &[]),
             (Answer::Ack, outcome) => {
@@ -125,19 +153,47 @@ impl<'d> Session<'d> {
     }
 
     fn offered_features(&self) -> u64 {
-        self.device.features() | PROTOCOL_FEATURES
+        let of_rings = if self.device.serves_through_ring() {
+            feature::RING_PACKED | LOG_ALL
+        } else {
+            0
+        };
+        self.device.features() | PROTOCOL_FEATURES | of_rings
+    }
+
+    fn offered_protocol_features(&self) -> VhostUserProtocolFeatures {
+        if self.device.serves_through_ring() {
+            PROTOCOL_FEATURES_SERVED | PROTOCOL_FEATURES_OF_RINGS
+        } else {
+            PROTOCOL_FEATURES_SERVED
+        }
     }
 
     fn handle(&mut self, request: Request) -> Result<Reply, Refusal> {
         match request {
             Request::GetFeatures => return u64_reply(self.offered_features()),
-            Request::GetProtocolFeatures => return u64_reply(PROTOCOL_FEATURES_SERVED.bits()),
+            Request::GetProtocolFeatures => {
+                return u64_reply(self.offered_protocol_features().bits());
+            }
             Request::GetQueueNum => return u64_reply(self.vrings.len() as u64),
             Request::GetMaxMemSlots => return u64_reply(MAX_MEM_SLOTS as u64),
             Request::GetStatus => return u64_reply(u64::from(self.status)),
             Request::GetConfig { head, offset } => return self.get_config(head, offset),
+            Request::GetInflight { shape, len } => return self.get_inflight(shape, len),
+            Request::SetInflight(shape, fd) => self.set_inflight(shape, fd)?,
+            Request::SetLogBase(base, fd) => return self.set_log(base, fd),
+            Request::SetLogFd(fd) => {
+                self.need(VhostUserProtocolFeatures::LOG_SHMFD)?;
+                self.dirty_call.set(Some(fd));
+            }
+            Request::SetBackendChannel(fd) => {
+                self.need(VhostUserProtocolFeatures::BACKEND_REQ)?;
+                let ack = self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
+                let link = FrontendLink::new(fd, ack)?;
+                self.device.set_frontend(Some(Arc::new(link)));
+            }
             Request::GetVringBase(index) => {
-                let num = u32::from(self.vring(u64::from(index))?.stop());
+                let num = self.vring(u64::from(index))?.stop();
                 return Ok(Reply::Payload(
                     VringState { index, num }.as_bytes().to_vec(),
                 ));
@@ -146,7 +202,7 @@ impl<'d> Session<'d> {
             Request::SetOwner => {}
             Request::SetFeatures(features) => self.set_features(features)?,
             Request::SetProtocolFeatures(features) => {
-                let unknown = features & !PROTOCOL_FEATURES_SERVED.bits();
+                let unknown = features & !self.offered_protocol_features().bits();
                 if unknown != 0 {
                     return Err(Refusal::Features(unknown));
                 }
@@ -168,7 +224,10 @@ impl<'d> Session<'d> {
                 self.set_memory(Ok(table))?;
             }
             Request::SetVringNum(v) => self.vring(u64::from(v.index))?.set_size(v.num)?,
-            Request::SetVringBase(v) => self.vring(u64::from(v.index))?.set_base(v.num)?,
+            Request::SetVringBase(v) => {
+                let packed = self.features & feature::RING_PACKED != 0;
+                self.vring(u64::from(v.index))?.set_base(v.num, packed)?;
+            }
             Request::SetVringAddr(addr) => {
                 self.change(u64::from(addr.index), |vring| vring.set_addr(addr))?;
             }
@@ -218,6 +277,7 @@ impl<'d> Session<'d> {
             for vring in &mut self.vrings {
                 vring.stop();
             }
+            self.forget_in_flight();
         }
         self.status = status;
         Ok(())
@@ -227,6 +287,7 @@ impl<'d> Session<'d> {
         for vring in &mut self.vrings {
             vring.reset();
         }
+        self.forget_in_flight();
         self.features &= PROTOCOL_FEATURES;
         self.status = 0;
         self.device.reset();
@@ -236,6 +297,7 @@ impl<'d> Session<'d> {
     /// the frontend believes that the old one is gone.
     fn set_memory(&mut self, table: Result<MemoryTable, MemoryError>) -> Result<(), Refusal> {
         self.pause_all();
+        hit(Point::P7);
         let (table, failed) = match table {
             Ok(table) => (table, None),
             Err(error) => (MemoryTable::default(), Some(error)),
@@ -247,16 +309,87 @@ impl<'d> Session<'d> {
         }
     }
 
+    /// Gives the frontend a new file for an in-flight log. It comes into use when the frontend
+    /// sends it back.
+    fn get_inflight(&self, shape: Inflight, len: usize) -> Result<Reply, Refusal> {
+        self.need(VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
+        let (queues, size) = (shape.num_queues, shape.queue_size);
+        if queues == 0 || queues > MAX_QUEUES || size == 0 || size > MAX_RING_SIZE {
+            return Err(crate::ring::InflightError::BadShape { queues, size }.into());
+        }
+        let mmap_size = InflightLog::len_for(queues, size);
+        let fd = memfd::sealed(c"inflight", mmap_size)?;
+        let reply = Inflight {
+            mmap_size,
+            mmap_offset: 0,
+            padding: 0,
+            ..shape
+        };
+        let mut payload = reply.as_bytes().to_vec();
+        payload.truncate(len);
+        Ok(Reply::PayloadAndFd(payload, fd))
+    }
+
+    fn set_inflight(&mut self, shape: Inflight, fd: OwnedFd) -> Result<(), Refusal> {
+        self.need(VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
+        let log = InflightLog::map(
+            File::from(fd),
+            shape.mmap_offset,
+            shape.mmap_size,
+            shape.num_queues,
+            shape.queue_size,
+        )?;
+        self.pause_all();
+        self.inflight = Some(Arc::new(log));
+        self.start_all()
+    }
+
+    /// The device is reset and drained: what comes next starts over.
+    fn forget_in_flight(&self) {
+        if let Some(log) = &self.inflight {
+            log.clear();
+        }
+    }
+
+    fn set_log(&mut self, base: LogBase, fd: OwnedFd) -> Result<Reply, Refusal> {
+        self.need(VhostUserProtocolFeatures::LOG_SHMFD)?;
+        let log = DirtyLog::map(File::from(fd), base.mmap_offset, base.mmap_size)?;
+        self.pause_all();
+        self.dirty = Some(Arc::new(log));
+        self.start_all()?;
+        Ok(Reply::Payload(base.as_bytes().to_vec()))
+    }
+
+    fn need(&self, feature: VhostUserProtocolFeatures) -> Result<(), Refusal> {
+        if self.protocol_features & feature.bits() == 0 {
+            return Err(Refusal::BadState("the protocol feature was not negotiated"));
+        }
+        Ok(())
+    }
+
+    /// The queues, and what they run on.
+    fn vrings_and(&mut self) -> (&mut [Vring], Surroundings<'_>) {
+        let with = Surroundings {
+            device: self.device,
+            memory: &self.memory,
+            features: self.features,
+            inflight: self.inflight.as_ref(),
+            dirty: self.dirty.as_ref(),
+            dirty_call: &self.dirty_call,
+        };
+        (&mut self.vrings, with)
+    }
+
     /// Changes what a ring runs on: it is drained, changed, and goes on if it can.
     fn change(&mut self, index: u64, change: impl FnOnce(&mut Vring)) -> Result<(), Refusal> {
-        let (device, features, default) = (self.device, self.features, self.enabled_by_default());
+        let (vrings, with) = self.vrings_and();
         let vring = usize::try_from(index)
             .ok()
-            .and_then(|i| self.vrings.get_mut(i))
+            .and_then(|i| vrings.get_mut(i))
             .ok_or(Refusal::NoQueue(index))?;
         vring.pause();
         change(vring);
-        vring.start(device, &self.memory, features, default)
+        vring.start(&with)
     }
 
     fn pause_all(&mut self) {
@@ -267,16 +400,12 @@ impl<'d> Session<'d> {
 
     /// Starts every queue that is complete. One that cannot start does not keep the others back.
     fn start_all(&mut self) -> Result<(), Refusal> {
-        let (device, features, default) = (self.device, self.features, self.enabled_by_default());
+        let (vrings, with) = self.vrings_and();
         let mut outcome = Ok(());
-        for vring in &mut self.vrings {
-            outcome = outcome.and(vring.start(device, &self.memory, features, default));
+        for vring in vrings {
+            outcome = outcome.and(vring.start(&with));
         }
         outcome
-    }
-
-    fn enabled_by_default(&self) -> bool {
-        self.features & PROTOCOL_FEATURES == 0
     }
 
     fn vring(&mut self, index: u64) -> Result<&mut Vring, Refusal> {

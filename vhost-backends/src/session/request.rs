@@ -3,8 +3,9 @@
 use crate::limits::{MAX_CONFIG_LEN, MAX_TABLE_REGIONS};
 use crate::session::socket::Message;
 use crate::session::wire::{
-    ConfigHead, FLAG_NEED_REPLY, FLAG_REPLY, Region, SingleRegion, TableHead, VERSION,
-    VERSION_MASK, VRING_INDEX_MASK, VRING_NOFD, VringAddr, VringState,
+    ConfigHead, FLAG_NEED_REPLY, FLAG_REPLY, INFLIGHT_SHORT, Inflight, LogBase, Region,
+    SingleRegion, TableHead, VERSION, VERSION_MASK, VRING_INDEX_MASK, VRING_NOFD, VringAddr,
+    VringState,
 };
 use std::os::fd::OwnedFd;
 use vhost::vhost_user::message::FrontendReq;
@@ -47,6 +48,12 @@ pub enum Refusal {
     /// A ring cannot be set up.
     #[error("ring: {0}")]
     Ring(#[from] crate::ring::RingError),
+    /// A file cannot be an in-flight log.
+    #[error("in-flight log: {0}")]
+    Inflight(#[from] crate::ring::InflightError),
+    /// A file cannot be a dirty log.
+    #[error("dirty log: {0}")]
+    DirtyLog(#[from] crate::ring::DirtyLogError),
     /// The host could not do it.
     #[error("host: {0}")]
     Host(#[from] std::io::Error),
@@ -87,6 +94,15 @@ pub(crate) enum Request {
     RemMemReg(Region),
     SetStatus(u64),
     GetStatus,
+    GetInflight {
+        shape: Inflight,
+        /// Bytes of the payload, and so of the reply's.
+        len: usize,
+    },
+    SetInflight(Inflight, OwnedFd),
+    SetLogBase(LogBase, OwnedFd),
+    SetLogFd(OwnedFd),
+    SetBackendChannel(OwnedFd),
 }
 
 /// What kind of answer a request number has, whatever its content.
@@ -108,6 +124,7 @@ pub(crate) fn answer_kind(request: u32) -> Answer {
             | FrontendReq::GET_QUEUE_NUM
             | FrontendReq::GET_CONFIG
             | FrontendReq::GET_INFLIGHT_FD
+            | FrontendReq::SET_LOG_BASE
             | FrontendReq::GET_MAX_MEM_SLOTS
             | FrontendReq::GET_STATUS
             | FrontendReq::CREATE_CRYPTO_SESSION
@@ -162,6 +179,18 @@ pub(crate) fn parse(message: Message) -> Result<Request, Refusal> {
             let (index, fd) = vring_fd(body, fds)?;
             return Ok(Request::SetVringErr(index, fd));
         }
+        FrontendReq::SET_INFLIGHT_FD => {
+            return Ok(Request::SetInflight(inflight(body)?, one(fds)?));
+        }
+        FrontendReq::SET_LOG_BASE => return Ok(Request::SetLogBase(exact(body)?, one(fds)?)),
+        FrontendReq::SET_LOG_FD => return empty_or_u64(body, Request::SetLogFd(one(fds)?)),
+        FrontendReq::SET_BACKEND_REQ_FD => {
+            return empty_or_u64(body, Request::SetBackendChannel(one(fds)?));
+        }
+        FrontendReq::GET_INFLIGHT_FD => {
+            let (shape, len) = (inflight(body)?, body.len());
+            Request::GetInflight { shape, len }
+        }
         FrontendReq::GET_FEATURES => empty(body, Request::GetFeatures)?,
         FrontendReq::SET_FEATURES => Request::SetFeatures(exact(body)?),
         FrontendReq::SET_OWNER => empty(body, Request::SetOwner)?,
@@ -186,7 +215,7 @@ pub(crate) fn parse(message: Message) -> Result<Request, Refusal> {
         FrontendReq::GET_MAX_MEM_SLOTS => empty(body, Request::GetMaxMemSlots)?,
         FrontendReq::SET_STATUS => Request::SetStatus(exact(body)?),
         FrontendReq::GET_STATUS => empty(body, Request::GetStatus)?,
-        // Nothing of these is offered: in-flight log, dirty log, IOTLB, migration, backend channel.
+        // Nothing of these is offered: IOTLB, postcopy, device state, shared objects.
         _ => return Err(Refusal::NotServed(number)),
     };
     if fds.is_empty() {
@@ -206,6 +235,26 @@ fn empty(body: &[u8], request: Request) -> Result<Request, Refusal> {
     } else {
         Err(Refusal::BadSize(body.len()))
     }
+}
+
+/// Frontends differ in whether these have a payload; its value means nothing.
+fn empty_or_u64(body: &[u8], request: Request) -> Result<Request, Refusal> {
+    if body.len() == size_of::<u64>() {
+        Ok(request)
+    } else {
+        empty(body, request)
+    }
+}
+
+fn inflight(body: &[u8]) -> Result<Inflight, Refusal> {
+    if body.len() != INFLIGHT_SHORT {
+        return exact(body);
+    }
+    let mut whole = [0; size_of::<Inflight>()];
+    for (to, from) in whole.iter_mut().zip(body) {
+        *to = *from;
+    }
+    exact(&whole)
 }
 
 fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd, Refusal> {

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// One message as it came.
@@ -108,6 +109,36 @@ impl<'s> Channel<'s> {
         Ok(())
     }
 
+    /// Sends a reply with a descriptor.
+    pub(crate) fn reply_with_fd(
+        &mut self,
+        request: u32,
+        payload: &[u8],
+        fd: &OwnedFd,
+    ) -> Result<(), ChannelEnd> {
+        let header = Header {
+            request,
+            flags: VERSION | FLAG_REPLY,
+            // Replies are at most MAX_PAYLOAD bytes.
+            size: u32::try_from(payload.len()).unwrap_or(0),
+        };
+        let deadline = Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS);
+        // A socket that is writable takes so few bytes at once.
+        while !writable(self.stream.as_fd()) {
+            self.after(
+                io::ErrorKind::WouldBlock.into(),
+                Interest::Write,
+                Some(deadline),
+            )?;
+        }
+        let bytes = [header.as_bytes(), payload].concat();
+        match self.stream.send_with_fd(bytes.as_slice(), fd.as_raw_fd()) {
+            Ok(n) if n == bytes.len() => Ok(()),
+            Ok(_) => Err(ChannelEnd::Half),
+            Err(error) => Err(io::Error::from(error).into()),
+        }
+    }
+
     /// Fills `buf`. `false`: the peer hung up before the first byte.
     fn fill(
         &mut self,
@@ -165,6 +196,10 @@ impl<'s> Channel<'s> {
             [false, true] => Ok(()),
         }
     }
+}
+
+fn writable(socket: BorrowedFd<'_>) -> bool {
+    wait([(socket, Interest::Write)], Some(Duration::ZERO)).is_ok_and(|[ready]| ready)
 }
 
 /// Room for the control message with [`MAX_MESSAGE_FDS`] descriptors, aligned as `cmsghdr` is.

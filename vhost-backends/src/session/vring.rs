@@ -8,14 +8,39 @@
 //! A running ring's size and base cannot be changed; its addresses, memory and kick can, between
 //! a drained stop and a start that goes on where it stopped.
 
-use crate::ring::{RingConfig, RingState, SplitRing};
+use crate::ring::{DirtyLog, InflightLog, RingConfig, RingDirty, RingSetup};
 use crate::session::device::{Device, Notifier, QueueSetup, QueueStop, QueueWorker};
 use crate::session::memory::MemoryTable;
 use crate::session::request::Refusal;
-use crate::session::wire::VringAddr;
+use crate::session::wire::{VRING_F_LOG, VringAddr};
 use pv_abi::virtio::feature;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use vhost::vhost_user::VhostUserVirtioFeatures;
+
+/// The virtio feature bit that says that writes are to be logged.
+pub(crate) const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+
+/// What a queue of a session runs on beside what it was told itself.
+pub(crate) struct Surroundings<'s> {
+    pub(crate) device: &'s dyn Device,
+    pub(crate) memory: &'s MemoryTable,
+    pub(crate) features: u64,
+    pub(crate) inflight: Option<&'s Arc<InflightLog>>,
+    pub(crate) dirty: Option<&'s Arc<DirtyLog>>,
+    pub(crate) dirty_call: &'s Arc<Notifier>,
+}
+
+impl Surroundings<'_> {
+    /// The rule for frontends without protocol features.
+    fn enabled_by_default(&self) -> bool {
+        self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0
+    }
+
+    fn packed(&self) -> bool {
+        self.features & feature::RING_PACKED != 0
+    }
+}
 
 /// One queue of a session.
 pub(crate) struct Vring {
@@ -23,13 +48,16 @@ pub(crate) struct Vring {
     size: Option<u16>,
     /// In the frontend's address space.
     addr: Option<VringAddr>,
-    next_avail: u16,
+    /// As `SET_VRING_BASE` and `GET_VRING_BASE` have it.
+    base: u32,
     kick: Option<OwnedFd>,
     call: Arc<Notifier>,
     err: Arc<Notifier>,
     /// What `SET_VRING_ENABLE` said last, if anything.
     enable: Option<bool>,
     worker: Option<Box<dyn QueueWorker>>,
+    /// The ring that runs, or ran last, is a packed one.
+    packed: bool,
     /// Set when the ring broke a rule; a new base, new addresses or a reset clear it.
     retired: bool,
 }
@@ -40,12 +68,13 @@ impl Vring {
             index,
             size: None,
             addr: None,
-            next_avail: 0,
+            base: 0,
             kick: None,
             call: Arc::default(),
             err: Arc::default(),
             enable: None,
             worker: None,
+            packed: false,
             retired: false,
         }
     }
@@ -64,9 +93,13 @@ impl Vring {
         Ok(())
     }
 
-    pub(crate) fn set_base(&mut self, base: u32) -> Result<(), Refusal> {
+    /// A packed ring's base has an index for either side.
+    pub(crate) fn set_base(&mut self, base: u32, packed: bool) -> Result<(), Refusal> {
         self.refuse_running()?;
-        self.next_avail = u16::try_from(base).map_err(|_| Refusal::BadValue("queue base"))?;
+        if !packed && base > u32::from(u16::MAX) {
+            return Err(Refusal::BadValue("queue base"));
+        }
+        self.base = base;
         self.retired = false;
         Ok(())
     }
@@ -95,26 +128,22 @@ impl Vring {
         self.err.set(err);
     }
 
-    /// Starts the queue if it is complete and not running. `enabled_by_default` is the rule for
-    /// frontends without protocol features.
-    pub(crate) fn start(
-        &mut self,
-        device: &dyn Device,
-        memory: &MemoryTable,
-        features: u64,
-        enabled_by_default: bool,
-    ) -> Result<(), Refusal> {
-        let enabled = self.enable.unwrap_or(enabled_by_default);
+    /// Starts the queue if it is complete and not running.
+    pub(crate) fn start(&mut self, with: &Surroundings<'_>) -> Result<(), Refusal> {
+        let enabled = self.enable.unwrap_or(with.enabled_by_default());
         if self.is_running() || self.retired || !enabled {
             return Ok(());
         }
-        let (Some(size), Some(addr), Some(kick), Some(mem)) =
-            (self.size, self.addr, self.kick.as_ref(), memory.memory())
-        else {
+        let (Some(size), Some(addr), Some(kick), Some(memory)) = (
+            self.size,
+            self.addr,
+            self.kick.as_ref(),
+            with.memory.memory(),
+        ) else {
             return Ok(());
         };
         let translate = |user| {
-            memory
+            (with.memory)
                 .translate(user)
                 .ok_or(Refusal::BadValue("ring address outside memory"))
         };
@@ -123,23 +152,30 @@ impl Vring {
             desc: translate(addr.desc)?,
             avail: translate(addr.avail)?,
             used: translate(addr.used)?,
-            event_idx: features & feature::EVENT_IDX != 0,
-            indirect: features & feature::INDIRECT_DESC != 0,
+            event_idx: with.features & feature::EVENT_IDX != 0,
+            indirect: with.features & feature::INDIRECT_DESC != 0,
         };
-        use crate::ring::DeviceRing;
-        let mut ring = SplitRing::new(config, Arc::clone(mem))?;
-        ring.restore(RingState {
-            next_avail: self.next_avail,
-            next_used: ring.published_used(),
-        });
-        self.worker = Some(device.open_queue(QueueSetup {
+        let mut setup = RingSetup::new(config, with.packed(), Arc::clone(memory));
+        setup.base = self.base;
+        if let Some(log) = with.inflight {
+            let part = log.queue(self.index);
+            setup.inflight =
+                Some(part.ok_or(Refusal::BadState("no in-flight log for this queue"))?);
+        }
+        if let Some(log) = with.dirty.filter(|_| with.features & LOG_ALL != 0) {
+            let ring = (addr.flags & VRING_F_LOG != 0).then_some(addr.log);
+            let call = Arc::clone(with.dirty_call);
+            setup.dirty = Some(RingDirty::new(Arc::clone(log), call, ring));
+        }
+        self.worker = Some(with.device.open_queue(QueueSetup {
             index: self.index,
-            ring,
+            ring: setup.start()?,
             kick: kick.try_clone()?,
             call: Arc::clone(&self.call),
             err: Arc::clone(&self.err),
-            features,
+            features: with.features,
         })?);
+        self.packed = with.packed();
         Ok(())
     }
 
@@ -147,16 +183,20 @@ impl Vring {
     pub(crate) fn pause(&mut self) {
         if let Some(worker) = self.worker.take() {
             let QueueStop { ring, retired } = worker.stop();
-            self.next_avail = ring.next_avail;
+            self.base = if self.packed {
+                ring.to_packed_base()
+            } else {
+                u32::from(ring.next_avail)
+            };
             self.retired = retired.is_some();
         }
     }
 
     /// Drains and stops the queue until a new kick comes. Gives the index to go on from.
-    pub(crate) fn stop(&mut self) -> u16 {
+    pub(crate) fn stop(&mut self) -> u32 {
         self.pause();
         self.kick = None;
-        self.next_avail
+        self.base
     }
 
     /// Back to the initial state. Where to call stays known: frontends set that once.
@@ -164,7 +204,7 @@ impl Vring {
         self.stop();
         self.size = None;
         self.addr = None;
-        self.next_avail = 0;
+        self.base = 0;
         self.enable = Some(false);
         self.retired = false;
     }

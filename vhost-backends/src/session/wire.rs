@@ -92,3 +92,31 @@ pub(crate) struct ConfigHead {
     pub(crate) flags: u32,
 }
 const _: () = assert!(size_of::<ConfigHead>() == 12);
+
+/// `GET_INFLIGHT_FD` and `SET_INFLIGHT_FD`. Some frontends leave out the padding at the end.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct Inflight {
+    pub(crate) mmap_size: u64,
+    pub(crate) mmap_offset: u64,
+    pub(crate) num_queues: u16,
+    pub(crate) queue_size: u16,
+    pub(crate) padding: u32,
+}
+const _: () = assert!(size_of::<Inflight>() == 24);
+/// Bytes of [`Inflight`] without its padding.
+pub(crate) const INFLIGHT_SHORT: usize = 20;
+
+/// `SET_LOG_BASE` with `LOG_SHMFD`.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct LogBase {
+    pub(crate) mmap_size: u64,
+    pub(crate) mmap_offset: u64,
+}
+const _: () = assert!(size_of::<LogBase>() == 16);
+
+/// `VringAddr::flags`: writes to the ring are to be logged.
+pub(crate) const VRING_F_LOG: u32 = 1;
+/// What a backend may say: the configuration changed.
+pub(crate) const BACKEND_CONFIG_CHANGED: u32 = 2;

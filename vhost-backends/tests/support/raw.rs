@@ -18,6 +18,8 @@ pub(crate) const VERSION: u32 = 1;
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) const PROTOCOL: u64 = 1 << 30;
 pub(crate) const VERSION_1: u64 = 1 << 32;
+pub(crate) const PACKED: u64 = 1 << 34;
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 /// Index that a stopped counting queue reports, so that it can be seen on the wire.
 pub(crate) const STOPPED_AT: u16 = 77;
 
@@ -146,9 +148,9 @@ impl Client {
         u64::from_ne_bytes(payload.try_into().unwrap()) == 0
     }
 
-    /// Features with protocol features, and all protocol features.
+    /// Features of a split ring without a log, and all protocol features.
     pub(crate) fn negotiate(&mut self) {
-        let features = self.query_u64(1);
+        let features = self.query_u64(1) & !(PACKED | LOG_ALL);
         self.send(2, VERSION, &features.to_ne_bytes(), &[]);
         let protocol = self.query_u64(15);
         self.send(16, VERSION, &protocol.to_ne_bytes(), &[]);
