@@ -206,6 +206,66 @@ fn a_paused_guest_does_not_execute() {
 }
 
 #[test]
+fn pausing_twice_and_with_an_unanswered_call() {
+    use std::sync::Arc;
+    for accel in accels().unwrap() {
+        let vm = suite_vm("life.spin", accel)
+            .unwrap()
+            .build()
+            .unwrap()
+            .run()
+            .unwrap();
+        let started = Instant::now();
+        vm.pause().unwrap();
+        vm.pause().unwrap();
+        vm.resume().unwrap();
+        vm.resume().unwrap();
+        vm.pause().unwrap();
+        assert!(
+            started.elapsed() < patience(5),
+            "{accel}: {:?}",
+            started.elapsed()
+        );
+        drop(vm);
+
+        // The embedder answers the guest's call only after it has paused the VM.
+        let waiting = Arc::new(Mutex::new(None));
+        let kept = Arc::clone(&waiting);
+        let vm = suite_vm("call.embedder_later", accel).unwrap();
+        let vm = vm.call(2, move |call| *kept.lock().unwrap() = Some(call));
+        let vm = vm.build().unwrap().run().unwrap();
+        wait_until("the call", || waiting.lock().unwrap().is_some());
+        vm.pause().unwrap();
+        let call = waiting.lock().unwrap().take().unwrap();
+        call.finish(Ok(14));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(vm.exit().is_none(), "{accel}: a paused guest went on");
+        vm.resume().unwrap();
+        // A limit past the end of time is none.
+        assert_eq!(
+            vm.wait_timeout(Duration::MAX).unwrap().code(),
+            Some(0),
+            "{accel}"
+        );
+    }
+}
+
+#[test]
+fn a_console_writer_that_panics_ends_its_own_vm_only() {
+    for accel in accels().unwrap() {
+        let vm = suite_vm("console.output", accel).unwrap();
+        let vm = vm
+            .console_callback(|_| panic!("in a writer"))
+            .build()
+            .unwrap()
+            .run()
+            .unwrap();
+        let reason = vm.wait_timeout(patience(30)).unwrap();
+        assert!(matches!(&reason, ExitReason::Host(e) if e.to_string().contains("panicked")));
+    }
+}
+
+#[test]
 fn bad_settings_are_refused_with_their_range() {
     let builder = || VmBuilder::new(Image::from_bytes(guest_images::SUITE).unwrap());
     let refused = |builder: VmBuilder| {

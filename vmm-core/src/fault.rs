@@ -42,6 +42,7 @@ pub enum FaultClass {
 /// General registers at the fault, as far as the accel knows them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
+#[non_exhaustive]
 pub struct Registers {
     pub rax: u64,
     pub rbx: u64,
@@ -65,6 +66,7 @@ pub struct Registers {
 
 /// A CPU fault in the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct GuestFault {
     /// The vCPU on which it happened.
     pub vcpu: u32,
@@ -112,6 +114,12 @@ pub enum Violation {
     BadFrameIndex {
         /// The index.
         index: u32,
+    },
+    /// A hand-off word that no gate body writes.
+    #[error("the hand-off word holds {word:#x}, which no gate body writes")]
+    BadHandOff {
+        /// What it holds.
+        word: u32,
     },
     /// Port I/O that no gate body makes.
     #[error("port I/O outside the gate: port {port:#x}")]

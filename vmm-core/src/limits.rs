@@ -25,13 +25,20 @@ pub const DEFAULT_ARENA: u64 = 8 << 20;
 pub const HOST_ARENA: u64 = MIN_ARENA;
 /// Entries in a queue of an in-process device.
 pub const HOST_QUEUE_SIZE: u16 = 128;
-/// How long one vhost-user reply may take before the backend counts as lost.
-pub const BACKEND_REPLY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one conversation with a backend (handshake, activation, reset) may take before the
+/// backend counts as lost. A reset waits for the I/O in flight.
+pub const BACKEND_DEADLINE: Duration = Duration::from_secs(10);
 /// How long `build` waits for a backend's first handshake.
 pub const BACKEND_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pauses between attempts to bring a lost backend back: first and longest.
+/// Pauses before a lost backend is brought back: first and longest. They double from loss to loss.
 pub const RECONNECT_PAUSE: (Duration, Duration) =
     (Duration::from_millis(10), Duration::from_millis(1000));
+/// Longest pause where the backend had been in use, so that a guest is not kept waiting.
+pub const RECONNECT_PAUSE_IN_USE: Duration = Duration::from_millis(100);
+/// A connection that lasted so long starts the pauses from the first again.
+pub const STEADY_CONNECTION: Duration = Duration::from_secs(2);
+/// How long a killed backend may take to die before the library stops waiting for it.
+pub const BACKEND_DEATH: Duration = Duration::from_secs(2);
 /// Console input that waits for the guest, in bytes; more is refused to the embedder.
 pub const MAX_CONSOLE_INPUT: usize = 64 << 10;
 /// Console output that one chain may carry, in bytes.

@@ -13,6 +13,7 @@ use crate::memory::map::AddressMap;
 use crate::vm::events::EventTable;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Which accel runs a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -131,6 +132,7 @@ impl std::str::FromStr for Accel {
 
 /// The layers that confine a guest, as they are in force.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SandboxReport {
     /// Layers in force, outermost first.
     pub layers: Vec<String>,
@@ -193,10 +195,12 @@ pub(crate) trait AccelVm: Send + Sync {
     fn watch_doorbell(&self, doorbell: u32) -> io::Result<()>;
     /// Lets this vCPU's `idle` return on this event from now on, or no longer.
     fn wait_for(&self, vcpu: u32, event: u32, on: bool) -> io::Result<()>;
-    /// Keeps the guest from executing, where the vCPU threads alone cannot.
-    fn freeze(&self) -> io::Result<()>;
+    /// Keeps the guest from executing, where the vCPU threads alone cannot. `true`: it has.
+    fn freeze(&self) -> io::Result<bool>;
     /// Lets the guest execute again.
     fn thaw(&self) -> io::Result<()>;
+    /// Waits until what the accel started is gone, after [`AccelVm::kill`]. `false`: not in time.
+    fn wait_dead(&self, deadline: Option<Instant>) -> bool;
     /// Ends the guest's execution for good; vCPUs return `Gone` or `Interrupted`.
     fn kill(&self);
     fn sandbox_report(&self) -> SandboxReport;

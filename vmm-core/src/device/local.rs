@@ -5,6 +5,7 @@
 
 use super::{DeviceIo, QueueConfig, Setup};
 use crate::limits::DEVICE_BATCH;
+use crate::memory::keep_private;
 use crate::vm::events::signal;
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
@@ -49,7 +50,12 @@ pub(crate) struct Starter(Box<dyn FnOnce() -> io::Result<JoinHandle<()>> + Send>
 impl LocalThread {
     /// The loop, and what starts it: at once where devices are in it, after the vCPUs where it has
     /// but the clock to look after.
-    pub(crate) fn new(mut periodic: Periodic) -> io::Result<(LocalThread, Starter)> {
+    ///
+    /// `panicked` is called if the embedder's own code (a console writer) panics on the thread.
+    pub(crate) fn new(
+        mut periodic: Periodic,
+        panicked: impl FnOnce() + Send + 'static,
+    ) -> io::Result<(LocalThread, Starter)> {
         let mut manager = EventManager::<Boxed>::new().map_err(other)?;
         let endpoint = Arc::new(Mutex::new(manager.remote_endpoint()));
         let stop = Arc::new(AtomicBool::new(false));
@@ -57,6 +63,7 @@ impl LocalThread {
         manager.add_subscriber(Box::new(Waker(wake.try_clone()?)));
         let stopped = Arc::clone(&stop);
         let body = move || {
+            let _guard = OnPanic(Some(panicked));
             let millis = i32::try_from(periodic.0.as_millis()).unwrap_or(i32::MAX);
             let mut next = std::time::Instant::now() + periodic.0;
             while !stopped.load(Ordering::Acquire) {
@@ -100,6 +107,19 @@ impl Drop for LocalThread {
         let _ = signal(&self.wake);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+/// Calls what it holds if its thread panics.
+pub(crate) struct OnPanic<F: FnOnce()>(pub(crate) Option<F>);
+
+impl<F: FnOnce()> Drop for OnPanic<F> {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(call) = self.0.take()
+        {
+            call();
         }
     }
 }
@@ -176,6 +196,7 @@ impl LocalQueues {
                 call: io.events.call(event).ok_or_else(missing)?.try_clone()?,
                 server: make(index)?,
                 kept: None,
+                retired: false,
             };
             self.active.push(self.endpoint.add(Box::new(server))?);
         }
@@ -189,6 +210,12 @@ impl LocalQueues {
     }
 }
 
+impl Drop for LocalQueues {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
 fn arena_memory(io: &DeviceIo) -> io::Result<GuestMemoryMmap> {
     let file = io
         .arena
@@ -197,8 +224,10 @@ fn arena_memory(io: &DeviceIo) -> io::Result<GuestMemoryMmap> {
         .ok_or_else(|| io::Error::other("arena has no file"))?;
     let len = usize::try_from(io.arena.region.len()).map_err(io::Error::other)?;
     let file = FileOffset::from_arc(file, 0);
-    GuestMemoryMmap::from_ranges_with_files([(GuestAddress(io.arena.gpa), len, Some(file))])
-        .map_err(io::Error::other)
+    let ranges = [(GuestAddress(io.arena.gpa), len, Some(file))];
+    let memory = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(io::Error::other)?;
+    keep_private(&memory)?;
+    Ok(memory)
 }
 
 fn ring(q: &QueueConfig, features: u64, memory: &Arc<GuestMemoryMmap>) -> io::Result<SplitRing> {
@@ -222,11 +251,16 @@ struct QueueServer {
     server: Box<dyn ChainServer>,
     /// A chain that the server could not carry out yet.
     kept: Option<OwnedChain>,
+    /// The ring broke a rule; it is not looked at again.
+    retired: bool,
 }
 
 impl QueueServer {
     /// One bounded turn. `true`: there is more.
     fn turn(&mut self) -> bool {
+        if self.retired {
+            return false;
+        }
         let mut done = Vec::new();
         let mut more = true;
         while done.len() < DEVICE_BATCH {
@@ -240,7 +274,8 @@ impl QueueServer {
                         break;
                     }
                     Err(reason) => {
-                        tracing::warn!(%reason, "queue retired until reset");
+                        tracing::debug!(%reason, "queue retired until reset");
+                        self.retired = true;
                         more = false;
                         break;
                     }

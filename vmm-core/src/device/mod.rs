@@ -129,9 +129,12 @@ impl Slot {
     }
 
     /// The backend is gone; `drained` says that it is dead, so that it touches nothing any more.
-    pub(crate) fn backend_lost(&self, drained: bool) -> io::Result<()> {
+    ///
+    /// Returns whether the device was in use.
+    pub(crate) fn backend_lost(&self, drained: bool) -> io::Result<bool> {
         let mut state = self.lock();
         state.backend = None;
+        let in_use = matches!(state.state, DeviceState::Active | DeviceState::NeedsReset);
         match state.state {
             DeviceState::Active | DeviceState::NeedsReset => state.undrained = !drained,
             DeviceState::Negotiated | DeviceState::Absent => {}
@@ -145,7 +148,8 @@ impl Slot {
             DeviceState::NeedsReset | DeviceState::Absent => {}
         }
         self.publish(&state)?;
-        self.config_event(&state)
+        self.config_event(&state)?;
+        Ok(in_use)
     }
 
     /// `DEVICE_ACTIVATE`: freezes the queues and has them served.
@@ -162,7 +166,9 @@ impl Slot {
             return Err(Status::NotSupported);
         }
         for (vcpu, event) in std::mem::take(&mut state.waiting) {
-            wait_for(vcpu, event, false).map_err(|_| Status::HostError)?;
+            if let Err(error) = wait_for(vcpu, event, false) {
+                tracing::debug!(vcpu, event, %error, "was not waited for");
+            }
         }
         let config_event = self.info.event_base + u32::from(self.info.queue_count);
         let events = (self.info.event_base..)
@@ -171,7 +177,7 @@ impl Slot {
         let events: Vec<_> = events.chain([(setup.config_vcpu, config_event)]).collect();
         for (vcpu, event) in &events {
             if let Err(error) = wait_for(*vcpu, *event, true) {
-                tracing::warn!(device = self.info.index, %error, "cannot wait for a queue");
+                tracing::debug!(device = self.info.index, %error, "cannot wait for a queue");
                 for (vcpu, event) in events.iter().take_while(|e| **e != (*vcpu, *event)) {
                     let _ = wait_for(*vcpu, *event, false);
                 }
@@ -187,7 +193,7 @@ impl Slot {
         state.config_vcpu = Some(setup.config_vcpu);
         let backend = state.backend.as_mut().ok_or(Status::Again)?;
         if let Err(error) = backend.activate(&setup, &self.io) {
-            tracing::warn!(device = self.info.index, %error, "activation failed");
+            tracing::debug!(device = self.info.index, %error, "activation failed");
             // Some of the rings may be served by now.
             if backend.reset().is_ok() {
                 return Err(Status::HostError);
@@ -212,7 +218,7 @@ impl Slot {
             if let Some(backend) = state.backend.as_mut()
                 && let Err(error) = backend.reset()
             {
-                tracing::warn!(device = self.info.index, %error, "the backend did not stop");
+                tracing::debug!(device = self.info.index, %error, "the backend did not stop");
                 give_up(&mut state);
                 self.publish(&state).map_err(|_| Status::HostError)?;
                 return Err(Status::Again);

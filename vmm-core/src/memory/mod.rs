@@ -13,7 +13,7 @@ pub(crate) mod map;
 mod region;
 
 pub use region::HugePages;
-pub(crate) use region::{Backing, Region};
+pub(crate) use region::{Backing, Region, keep_private};
 
 use crate::limits::{MAX_MEMORY, MIN_MEMORY};
 use pv_abi::layout::{
@@ -36,6 +36,7 @@ pub enum MemoryKind {
 
 /// What was asked for and what was achieved for private RAM.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct MemoryReport {
     /// Bytes of private RAM.
     pub private: u64,
@@ -106,7 +107,7 @@ impl GuestMemory {
             .iter()
             .zip((ARENA_BASE..).step_by(ARENA_STRIDE as usize))
             .map(|(len, gpa)| {
-                let region = Arc::new(Region::new(*len, Backing::Memfd("pv-arena"))?);
+                let region = Arc::new(Region::new(*len, Backing::Arena("pv-arena"))?);
                 Ok(Arena { gpa, region })
             })
             .collect::<io::Result<Vec<_>>>()?;

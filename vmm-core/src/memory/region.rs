@@ -9,7 +9,9 @@ use std::os::fd::FromRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{
+    Bytes, FileOffset, GuestMemoryBackend, GuestMemoryMmap, MmapRegion, VolatileMemory,
+};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Huge pages of private RAM.
@@ -33,8 +35,10 @@ pub(crate) struct Usage {
 pub(crate) enum Backing {
     /// Private anonymous memory.
     Anonymous,
-    /// A sealed memfd with this name.
+    /// A memfd with this name that cannot be resized; it can be sealed further.
     Memfd(&'static str),
+    /// A memfd with this name that cannot be resized, and whose seals are final.
+    Arena(&'static str),
 }
 
 /// A mapping of guest memory, readable and writable by the VMM.
@@ -56,8 +60,12 @@ impl Region {
                 let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
                 (builder.with_mmap_flags(flags), None)
             }
-            Backing::Memfd(name) => {
-                let file = memfd(name, len)?;
+            Backing::Memfd(name) | Backing::Arena(name) => {
+                let mut seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+                if let Backing::Arena(_) = backing {
+                    seals |= libc::F_SEAL_SEAL;
+                }
+                let file = memfd(name, len, seals)?;
                 let builder = builder
                     .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
                     .with_file_offset(FileOffset::new(file.try_clone()?, 0));
@@ -211,8 +219,22 @@ impl Region {
     }
 }
 
-/// A memfd of this size that nobody can resize, and to which nobody can add seals.
-fn memfd(name: &str, len: u64) -> io::Result<File> {
+/// Keeps a second view of an arena out of forked children and core dumps, as the first one is.
+pub(crate) fn keep_private(memory: &GuestMemoryMmap) -> io::Result<()> {
+    for region in memory.iter() {
+        for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
+            // SAFETY: the range is the region's own mapping; the advice changes no byte of it.
+            let r = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
+            if r < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A memfd of this size with these seals.
+fn memfd(name: &str, len: u64, seals: libc::c_int) -> io::Result<File> {
     let name = std::ffi::CString::new(name)?;
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a valid C string. MFD_NOEXEC_SEAL is not asked for: kernels older than
@@ -224,7 +246,6 @@ fn memfd(name: &str, len: u64) -> io::Result<File> {
     // SAFETY: a fresh descriptor that nothing else owns.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len)?;
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: adding seals touches no memory.
     if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) } < 0 {
         return Err(io::Error::last_os_error());

@@ -9,7 +9,7 @@ use super::shared::{LogSink, Shared, SharedParts};
 use super::stats::Counters;
 use super::{LogLevel, VmEvent};
 use crate::accel::{Accel, AccelError, AccelInput, Reporter, Vcpu};
-use crate::device::block::link::EventSink;
+use crate::device::block::link::{EventSink, Reports};
 use crate::device::block::{BlockConfig, Link};
 use crate::device::console::{Console, Input, Output};
 use crate::device::local::{LocalEndpoint, LocalThread, Starter};
@@ -367,7 +367,7 @@ impl VmBuilder {
             events: Arc::clone(&events),
             devices: devices.clone(),
             registry: std::mem::take(&mut self.registry),
-            counters: Arc::clone(&counters),
+            counters,
             clock: Clock::new(),
             log: self.log.take().unwrap_or_else(|| Box::new(log_to_tracing)),
             vcpus: self.vcpus,
@@ -400,7 +400,7 @@ impl VmBuilder {
             }
         };
         let _ = shared.accel.set(accel_vm);
-        let (mut local, starter) = LocalThread::new(clock_updates(&shared))?;
+        let (mut local, starter) = LocalThread::new(clock_updates(&shared), ends_vm(&shared))?;
         let late = if in_process {
             local.start(starter)?;
             None
@@ -408,7 +408,7 @@ impl VmBuilder {
             Some(starter)
         };
         let (entry, boot_deadline) = (self.image.entry(), self.boot_deadline);
-        let connected = self.connect(&wants, &devices, &counters, &local.endpoint())?;
+        let connected = self.connect(&wants, &shared, &local.endpoint())?;
         for slot in &devices {
             slot.publish_initial()?;
         }
@@ -460,27 +460,31 @@ impl VmBuilder {
     fn connect(
         self,
         wants: &[Wanted],
-        devices: &[Arc<Slot>],
-        counters: &Arc<Counters>,
+        shared: &Arc<Shared>,
         endpoint: &LocalEndpoint,
     ) -> Result<(Vec<Link>, Option<Arc<Input>>), BuildError> {
         let mut links = Vec::new();
         let mut input = None;
         let sink: EventSink = self.events.unwrap_or_else(|| Arc::new(|_| ()));
         let mut blocks = self.blocks.into_iter();
-        for (want, slot) in wants.iter().zip(devices) {
+        for (want, slot) in wants.iter().zip(&shared.devices) {
             let (backend, offer): (Box<dyn Backend>, Offer) = match (want.kind, &self.console) {
                 (kind::BLOCK, _) => {
                     let Some(config) = blocks.next() else {
                         continue;
                     };
-                    let (counters, sink) = (Arc::clone(counters), Arc::clone(&sink));
-                    let link = Link::start(config, Arc::clone(slot), counters, sink).map_err(
-                        |source| BuildError::Backend {
-                            name: want.name.clone(),
-                            source,
-                        },
-                    )?;
+                    let reports = Reports {
+                        counters: Arc::clone(&shared.counters),
+                        events: Arc::clone(&sink),
+                        panicked: Box::new(ends_vm(shared)),
+                    };
+                    let link =
+                        Link::start(config, Arc::clone(slot), reports).map_err(|source| {
+                            BuildError::Backend {
+                                name: want.name.clone(),
+                                source,
+                            }
+                        })?;
                     links.push(link);
                     continue;
                 }
@@ -609,6 +613,16 @@ fn clock_updates(shared: &Arc<Shared>) -> (Duration, Box<dyn FnMut() + Send>) {
     (CLOCK_UPDATE, Box::new(update))
 }
 
+/// Ends the VM when the embedder's own code panics on a library thread.
+fn ends_vm(shared: &Arc<Shared>) -> impl FnOnce() + Send + 'static {
+    let shared = Arc::downgrade(shared);
+    move || {
+        if let Some(shared) = shared.upgrade() {
+            shared.host_error(io::Error::other("a callback of the embedder's panicked"));
+        }
+    }
+}
+
 fn log_to_tracing(level: LogLevel, text: &str) {
     match level {
         LogLevel::Error => tracing::error!(target: "guest", "{text}"),
@@ -640,6 +654,9 @@ impl Drop for EndUnlessRun {
     fn drop(&mut self) {
         if let Some(shared) = self.0.take() {
             shared.finish(ExitReason::Stopped);
+            for slot in &shared.devices {
+                slot.shut_down();
+            }
         }
     }
 }

@@ -157,6 +157,13 @@ impl Reply {
         self.arrived.notify_all();
     }
 
+    fn take(&self) -> Option<Result<u64, Refusal>> {
+        self.result
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
     /// Waits for the answer, looking every `turn` whether it is still wanted.
     fn wait(&self, turn: Duration, wanted: &dyn Fn() -> bool) -> Option<Result<u64, Refusal>> {
         let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
@@ -208,12 +215,15 @@ impl Registry {
     }
 
     /// Makes the call and waits for its answer.
+    ///
+    /// `defer` is told when the answer does not come at once, `wanted` is asked now and then whether
+    /// it still matters.
     pub(crate) fn call(
         &self,
-        vcpu: u32,
-        index: u32,
+        (vcpu, index): (u32, u32),
         args: [u64; 6],
         memory: &Arc<GuestMemory>,
+        defer: &dyn Fn(),
         wanted: &dyn Fn() -> bool,
     ) -> Result<u64, Refusal> {
         let handler = self.0.get(&index).ok_or(Status::UnknownCall)?;
@@ -226,6 +236,10 @@ impl Registry {
             memory,
             reply: Some(Arc::clone(&reply)),
         });
+        if let Some(result) = reply.take() {
+            return result;
+        }
+        defer();
         let turn = Duration::from_millis(50);
         reply
             .wait(turn, wanted)

@@ -2,7 +2,7 @@
 
 use super::LogLevel;
 use super::events::signal;
-use super::shared::Shared;
+use super::shared::{Place, Shared};
 use crate::accel::{Reporter, StartState};
 use crate::device::{Setup, Slot};
 use crate::fault::{ExitReason, Violation};
@@ -11,10 +11,12 @@ use crate::memory::Region;
 use crate::memory::map::Source;
 use pv_abi::call::{FRAMES, Frame, number};
 use pv_abi::feature;
+use pv_abi::gate::WAKE_DOORBELL;
 use pv_abi::layout::{VMM_BASE, vcpu_page};
 use pv_abi::limits::{MAX_MULTICALL, SCRATCH_LEN};
 use pv_abi::status::Status;
 use pv_abi::vcpu::VcpuPage;
+use std::cell::Cell;
 use std::mem::offset_of;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -43,11 +45,16 @@ pub(super) const CORE_NUMBERS: [u32; 10] = [
 
 impl Shared {
     /// A doorbell that came as an exit.
+    ///
+    /// One of a queue comes here only while the queue is not active, when it means nothing. Its
+    /// eventfd is left alone: a backend has it too, and could have made a write to it block.
     pub(super) fn doorbell(&self, doorbell: u32) {
-        match self.events.doorbell(doorbell) {
+        let vcpu = doorbell.checked_sub(WAKE_DOORBELL);
+        match vcpu.and_then(|vcpu| self.events.wake(vcpu)) {
             Some(event) => {
                 let _ = signal(event);
             }
+            None if self.events.doorbell(doorbell).is_some() => {}
             None => self.counters.bad_doorbells.add(1),
         }
     }
@@ -116,13 +123,30 @@ impl Shared {
             number::DEVICE_CONFIG_WRITE => plain(self.config_write(args)),
             number::VCPU_START if accepted(feature::SMP) => plain(self.vcpu_start(args)),
             called => match called.checked_sub(number::EMBEDDER) {
-                Some(index) if accepted(feature::EMBEDDER_CALLS) => self
-                    .registry
-                    .call(vcpu, index, args, &self.memory, &|| self.is_running())
-                    .map_err(|refusal| (refusal.status, refusal.code)),
+                Some(index) if accepted(feature::EMBEDDER_CALLS) => {
+                    self.embedder_call(vcpu, index, args)
+                }
                 _ => plain(Err(Status::UnknownCall)),
             },
         }
+    }
+
+    fn embedder_call(&self, vcpu: u32, index: u32, args: [u64; 6]) -> Answer {
+        let deferred = Cell::new(false);
+        let defer = || {
+            deferred.set(true);
+            self.defer(vcpu);
+        };
+        let wanted = || self.is_running();
+        let answer = self
+            .registry
+            .call((vcpu, index), args, &self.memory, &defer, &wanted);
+        if deferred.get() {
+            // Guest memory is not written while the VM is paused.
+            let slot = usize::try_from(vcpu).unwrap_or(usize::MAX);
+            self.turn(slot, Place::Serving);
+        }
+        answer.map_err(|refusal| (refusal.status, refusal.code))
     }
 
     fn negotiate(&self, args: [u64; 6]) -> Result<u64, Status> {
@@ -273,6 +297,13 @@ impl Shared {
             rdi: argument,
             rsi: index as u64,
         };
+        let accel = self.accel.get().ok_or(Status::HostError)?;
+        for woken in [0, index] {
+            let doorbell = u32::try_from(woken).map_err(|_| Status::NotFound)? + WAKE_DOORBELL;
+            accel
+                .watch_doorbell(doorbell)
+                .map_err(|_| Status::HostError)?;
+        }
         if self.start_vcpu(index, state) {
             Ok(0)
         } else {

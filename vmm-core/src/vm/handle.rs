@@ -4,23 +4,21 @@ use super::builder::Vm;
 use super::shared::Shared;
 use super::stats::Stats;
 use super::vcpu;
-use crate::accel::{Accel, Reporter, SandboxReport, StartState};
+use crate::accel::{Accel, AccelVm, Reporter, SandboxReport, StartState};
 use crate::device::block::Link;
 use crate::device::console::Input;
 use crate::device::local::LocalThread;
 use crate::fault::{ExitReason, Violation};
 use crate::limits::VCPU_KICK_TIMEOUT;
 use crate::memory::MemoryReport;
-use crate::vm::events::signal;
 use pv_abi::device::DeviceState;
 use pv_abi::layout::BOOT_BLOCK_BASE;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use vmm_sys_util::signal::{Killable, block_signal, get_blocked_signals, unblock_signal};
+use vmm_sys_util::signal::{block_signal, get_blocked_signals, unblock_signal};
 
 /// What can go wrong with a running VM's controls.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +44,6 @@ pub enum VmError {
 /// the VM has ended.
 pub struct VmHandle {
     shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
     accel: Accel,
     input: Option<Arc<Input>>,
     pausing: Mutex<()>,
@@ -80,7 +77,6 @@ impl VmHandle {
         } = vm;
         let mut handle = VmHandle {
             shared,
-            threads: Mutex::default(),
             accel,
             input,
             pausing: Mutex::default(),
@@ -100,21 +96,24 @@ impl VmHandle {
         shared.start_vcpu(0, state);
         let signal = shared.accel.get().and_then(|a| a.kick_signal());
         // Threads inherit the mask: the signal is blocked in them from their first moment on.
-        let blocked = BlockedSignal::new(signal)?;
+        let blocked = BlockedSignal::new(signal).inspect_err(|_| shared.no_threads_from(0))?;
+        let mut threads = shared
+            .threads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         for (index, vcpu) in (0u32..).zip(vcpus) {
             let own = Arc::clone(shared);
             let thread = std::thread::Builder::new().name(format!("pv-vcpu{index}"));
             match thread.spawn(move || vcpu::main(&own, index, vcpu)) {
-                Ok(thread) => handle.threads().push(thread),
+                Ok(thread) => threads.push(thread),
                 Err(error) => {
                     // The threads that are missing will never report themselves done.
-                    for missing in index..shared.vcpus {
-                        shared.thread_done(usize::try_from(missing).unwrap_or(usize::MAX));
-                    }
+                    shared.no_threads_from(index);
                     return Err(error.into());
                 }
             }
         }
+        drop(threads);
         drop(blocked);
         if let Some(deadline) = boot_deadline {
             watch_boot(shared, deadline)?;
@@ -125,55 +124,39 @@ impl VmHandle {
         Ok(handle)
     }
 
-    fn threads(&self) -> std::sync::MutexGuard<'_, Vec<JoinHandle<()>>> {
-        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Makes every vCPU thread look at what is wanted of it.
-    fn kick(&self) {
-        if let Some(number) = self.shared.accel.get().and_then(|a| a.kick_signal()) {
-            for thread in self.threads().iter().filter(|t| !t.is_finished()) {
-                let _ = thread.kill(number);
-            }
-        }
-        for (_, wake) in self.shared.events.wakes() {
-            let _ = signal(wake);
-        }
-    }
-
     /// The accel it runs on.
     pub fn accel(&self) -> Accel {
         self.accel
     }
 
-    /// Halts all vCPUs; when this returns, none of them executes.
+    /// Halts all vCPUs; when this returns, none of them executes or is being served.
+    ///
+    /// A call that the embedder has not answered yet stays unanswered until [`VmHandle::resume`].
+    /// Pausing a paused VM does nothing.
     ///
     /// # Errors
-    /// [`VmError::Ended`] if it has ended, [`VmError::Timeout`] if a vCPU does not react.
+    /// [`VmError::Ended`] if it has ended, [`VmError::Timeout`] if a vCPU does not react; it runs on
+    /// then.
     pub fn pause(&self) -> Result<(), VmError> {
         let _one = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
-        let freeze = self.shared.accel.get().map_or(Ok(()), |a| a.freeze());
-        if let Some(reason) = self.shared.reason() {
+        let shared = &self.shared;
+        let accel = shared.accel.get();
+        shared.want_pause();
+        let frozen = accel.map_or(Ok(false), |a| a.freeze());
+        let halted = match frozen {
+            Ok(frozen) => shared.wait_halted(frozen, Instant::now() + VCPU_KICK_TIMEOUT),
+            Err(_) => false,
+        };
+        if let Some(reason) = shared.reason() {
             return Err(VmError::Ended(reason));
         }
-        freeze?;
-        // Where freezing is the accel's business, the vCPU threads serve calls only and halt at the
-        // next one.
-        if self
-            .shared
-            .accel
-            .get()
-            .is_some_and(|a| a.kick_signal().is_some())
-            && !self
-                .shared
-                .pause(&|| self.kick(), Instant::now() + VCPU_KICK_TIMEOUT)
-        {
-            self.shared.resume();
-            return Err(VmError::Timeout(VCPU_KICK_TIMEOUT));
+        if halted {
+            return Ok(());
         }
-        self.shared
-            .reason()
-            .map_or(Ok(()), |reason| Err(VmError::Ended(reason)))
+        shared.resume();
+        accel.map_or(Ok(()), |a| a.thaw())?;
+        frozen?;
+        Err(VmError::Timeout(VCPU_KICK_TIMEOUT))
     }
 
     /// Lets the vCPUs go on.
@@ -191,23 +174,44 @@ impl VmHandle {
     }
 
     /// Ends the VM with [`ExitReason::Stopped`], unless it has ended already.
+    ///
+    /// Does not wait; backends are told to hang up, so that nothing waits for them either.
     pub fn stop(&self) {
         self.shared.finish(ExitReason::Stopped);
-        self.kick();
+        for link in &self.links {
+            link.stop();
+        }
     }
 
-    /// Waits until the VM has ended and no vCPU runs any more.
+    /// Waits until the VM has ended and nothing of the guest runs any more.
+    ///
+    /// Not to be called, and the handle not to be dropped, inside a handler of the VM's own: it
+    /// would wait for itself.
     pub fn wait(&self) -> ExitReason {
-        self.shared.wait_done(&|| self.kick(), None);
-        self.shared.reason().unwrap_or(ExitReason::Stopped)
+        loop {
+            if let Some(reason) = self.wait_until(None) {
+                return reason;
+            }
+        }
     }
 
     /// Waits at most so long; `None` if the VM still runs then.
     pub fn wait_timeout(&self, limit: Duration) -> Option<ExitReason> {
-        let done = self
-            .shared
-            .wait_done(&|| self.kick(), Some(Instant::now() + limit));
-        if done { self.shared.reason() } else { None }
+        // A limit past the end of time is none.
+        self.wait_until(Instant::now().checked_add(limit))
+    }
+
+    fn wait_until(&self, limit: Option<Instant>) -> Option<ExitReason> {
+        let dead = |accel: &Arc<dyn AccelVm>| accel.wait_dead(limit);
+        if !self.shared.wait_done(limit) || !self.shared.accel.get().is_none_or(dead) {
+            return None;
+        }
+        if self.shared.reason().is_none() {
+            // Every thread is done, so nothing else will ever say why.
+            let error = io::Error::other("the vCPU threads ended");
+            self.shared.host_error(error);
+        }
+        self.shared.reason()
     }
 
     /// Why it has ended; `None` while it runs.
@@ -286,8 +290,15 @@ impl AsFd for VmHandle {
 impl Drop for VmHandle {
     fn drop(&mut self) {
         self.stop();
-        self.shared.wait_done(&|| self.kick(), None);
-        for thread in self.threads().drain(..) {
+        self.wait_until(None);
+        let threads = std::mem::take(
+            &mut *self
+                .shared
+                .threads
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for thread in threads {
             let _ = thread.join();
         }
         for slot in &self.shared.devices {
@@ -326,7 +337,9 @@ impl Drop for BlockedSignal {
 /// Ends the VM if nothing has been negotiated by the deadline.
 fn watch_boot(shared: &Arc<Shared>, deadline: Duration) -> io::Result<()> {
     let weak = Arc::downgrade(shared);
-    let until = Instant::now() + deadline;
+    let Some(until) = Instant::now().checked_add(deadline) else {
+        return Ok(());
+    };
     std::thread::Builder::new()
         .name("pv-boot".into())
         .spawn(move || {

@@ -15,10 +15,12 @@ use pv_abi::layout::{VMM_BASE, vcpu_page};
 use pv_abi::vcpu::VcpuPage;
 use std::io;
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::Killable;
 
 /// What the embedder wants of the vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,8 +37,12 @@ pub(super) enum Place {
     Unborn,
     /// To be started with these registers.
     Starting(StartState),
-    /// In the guest, or serving it.
+    /// In the guest, or about to be.
     Running,
+    /// Carrying out what the guest asked for.
+    Serving,
+    /// Waiting for the embedder to answer a call.
+    Deferred,
     /// Halted for a pause.
     Parked,
     /// Its thread is done.
@@ -65,6 +71,10 @@ pub(super) struct Shared {
     pub(super) features: AtomicU64,
     pub(super) vcpus: u32,
     pub(super) exited: EventFd,
+    /// The vCPU threads, in order; joined by the handle.
+    pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
+    /// By vCPU: a kick is on its way that the thread has not seen yet.
+    kicked: Vec<AtomicBool>,
     reason: Mutex<Option<ExitReason>>,
     run: Mutex<RunState>,
     changed: Condvar,
@@ -101,6 +111,8 @@ impl Shared {
             features: AtomicU64::new(0),
             vcpus: parts.vcpus,
             exited: parts.exited,
+            threads: Mutex::default(),
+            kicked: (0..parts.vcpus).map(|_| AtomicBool::new(false)).collect(),
             reason: Mutex::new(None),
             run: Mutex::new(RunState {
                 want: Want::Run,
@@ -160,19 +172,48 @@ impl Shared {
         if let Some(accel) = self.accel.get() {
             accel.kill();
         }
+        self.kick();
         let _ = signal(&self.exited);
     }
 
-    /// A vCPU thread's turn: returns `true` to enter the guest, `false` when it is over.
+    /// Makes every vCPU thread look at what is wanted of it.
+    pub(super) fn kick(&self) {
+        if let Some(number) = self.accel.get().and_then(|a| a.kick_signal()) {
+            let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+            for (thread, kicked) in threads.iter().zip(&self.kicked) {
+                // Real-time signals queue, so one that was not seen yet is enough.
+                if !thread.is_finished()
+                    && !kicked.swap(true, Ordering::AcqRel)
+                    && thread.kill(number).is_err()
+                {
+                    kicked.store(false, Ordering::Release);
+                }
+            }
+        }
+        for (_, wake) in self.events.wakes() {
+            let _ = signal(wake);
+        }
+    }
+
+    /// A vCPU thread has left the guest because of a kick.
+    pub(super) fn kick_seen(&self, vcpu: usize) {
+        if let Some(kicked) = self.kicked.get(vcpu) {
+            // Ordering: before `turn` looks at what is wanted, so that a kick that is not sent
+            // because of this flag is not missed.
+            kicked.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// A vCPU thread's next step: `true` to take it, `false` when it is all over.
     ///
     /// Halts here while a pause is wanted.
-    pub(super) fn may_run(&self, vcpu: usize) -> bool {
+    pub(super) fn turn(&self, vcpu: usize, step: Place) -> bool {
         let mut run = self.lock();
         loop {
             match run.want {
                 Want::Stop => return false,
                 Want::Run => {
-                    set(&mut run, vcpu, Place::Running);
+                    set(&mut run, vcpu, step);
                     return true;
                 }
                 Want::Pause => {
@@ -182,6 +223,13 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// The embedder has not answered yet: this vCPU does nothing until it has.
+    pub(super) fn defer(&self, vcpu: u32) {
+        let slot = usize::try_from(vcpu).unwrap_or(usize::MAX);
+        set(&mut self.lock(), slot, Place::Deferred);
+        self.changed.notify_all();
     }
 
     /// Waits until the guest starts this vCPU; `None` when the VM ends first.
@@ -214,17 +262,32 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Asks for a pause and waits until no vCPU runs guest code. `false`: it took too long.
-    pub(super) fn pause(&self, kick: &dyn Fn(), deadline: Instant) -> bool {
-        {
-            let mut run = self.lock();
-            if run.want == Want::Run {
-                run.want = Want::Pause;
-            }
+    /// There are no threads for the vCPUs from this one on, and there will be none.
+    pub(super) fn no_threads_from(&self, vcpu: u32) {
+        for missing in vcpu..self.vcpus {
+            self.thread_done(usize::try_from(missing).unwrap_or(usize::MAX));
         }
-        let halted = |p: &Place| !matches!(p, Place::Running | Place::Starting(_));
+    }
+
+    /// Asks for a pause.
+    pub(super) fn want_pause(&self) {
+        let mut run = self.lock();
+        if run.want == Want::Run {
+            run.want = Want::Pause;
+        }
+    }
+
+    /// Waits until no vCPU thread runs the guest or serves it. `false`: it took too long.
+    ///
+    /// `frozen`: the guest has been halted already, so that a thread that waits for it is halted too.
+    pub(super) fn wait_halted(&self, frozen: bool, deadline: Instant) -> bool {
+        let halted = |place: &Place| match place {
+            Place::Running | Place::Starting(_) => frozen,
+            Place::Serving => false,
+            Place::Unborn | Place::Deferred | Place::Parked | Place::Done => true,
+        };
         loop {
-            kick();
+            self.kick();
             let run = self.lock();
             if run.want == Want::Stop || run.places.iter().all(halted) {
                 return true;
@@ -247,7 +310,7 @@ impl Shared {
 
     /// Waits until all vCPU threads are done, kicking them meanwhile if the VM has ended.
     /// `false`: the time limit came first.
-    pub(super) fn wait_done(&self, kick: &dyn Fn(), limit: Option<Instant>) -> bool {
+    pub(super) fn wait_done(&self, limit: Option<Instant>) -> bool {
         let mut run = self.lock();
         loop {
             if run.places.iter().all(|p| matches!(p, Place::Done)) {
@@ -255,7 +318,7 @@ impl Shared {
             }
             let turn = if run.want == Want::Stop {
                 drop(run);
-                kick();
+                self.kick();
                 run = self.lock();
                 Some(VCPU_KICK_PAUSE)
             } else {

@@ -42,6 +42,7 @@ pub(crate) struct Counters {
 /// On kvm these are returns of `KVM_RUN`; on process they are hand-offs, and `notify` and `idle`
 /// are direct system calls of the guest's process that are not exits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExitCounts {
     /// The `call` slot.
     pub call: u64,
@@ -66,6 +67,7 @@ impl ExitCounts {
 
 /// What a VM has done so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stats {
     /// Exits to the VMM's user space.
     pub exits: ExitCounts,

@@ -1,6 +1,6 @@
 //! A vCPU's thread: runs the guest, carries out what it asks for, until the VM ends.
 
-use super::shared::Shared;
+use super::shared::{Place, Shared};
 use crate::accel::{Reporter, Vcpu, VcpuExit};
 use crate::fault::ExitReason;
 use std::sync::Arc;
@@ -37,7 +37,7 @@ pub(super) fn main(shared: &Shared, index: u32, mut vcpu: Box<dyn Vcpu>) {
 
 fn run(shared: &Shared, index: u32, slot: usize, vcpu: &mut dyn Vcpu) {
     let counters = &shared.counters;
-    while shared.may_run(slot) {
+    while shared.turn(slot, Place::Running) {
         let exit = match vcpu.run() {
             Ok(exit) => exit,
             Err(error) => {
@@ -45,6 +45,12 @@ fn run(shared: &Shared, index: u32, slot: usize, vcpu: &mut dyn Vcpu) {
                 return;
             }
         };
+        if matches!(exit, VcpuExit::Interrupted) {
+            shared.kick_seen(slot);
+        }
+        if matches!(exit, VcpuExit::Gone) || !shared.turn(slot, Place::Serving) {
+            return;
+        }
         match exit {
             VcpuExit::Call(frame) => {
                 counters.exits_call.add(1);

@@ -47,6 +47,9 @@ impl IdleSet {
     }
 
     /// Waits for this event from now on, or no longer.
+    ///
+    /// Edge-triggered, and never read: whoever signals it has the same open file, and could make a
+    /// read of it block.
     pub(super) fn set(&self, event: u32, on: bool) -> io::Result<()> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if waiting.contains(&event) == on {
@@ -58,7 +61,7 @@ impl IdleSet {
         let Some(call) = self.events.call(event) else {
             return Ok(());
         };
-        let entry = EpollEvent::new(EventSet::IN, u64::from(event));
+        let entry = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, u64::from(event));
         let operation = if on {
             ControlOperation::Add
         } else {
@@ -73,7 +76,7 @@ impl IdleSet {
         Ok(())
     }
 
-    /// Carries out one `idle` call: waits, drains what fired, sets the pending bits.
+    /// Carries out one `idle` call: waits, and sets the pending bits of what fired.
     pub(super) fn wait(&self, memory: &GuestMemory) -> io::Result<()> {
         let page = vcpu_page(self.vcpu) - VMM_BASE;
         let pending = page + offset_of!(VcpuPage, pending) as u64;
@@ -96,14 +99,13 @@ impl IdleSet {
         let count = self.wait_ns(limit_ns, &mut ready)?;
         for entry in ready.iter().take(count) {
             if entry.data() == WAKE {
-                drain(self.events.wake(self.vcpu));
+                // Only this process has it. WouldBlock: a spurious return is legal.
+                let _ = self.events.wake(self.vcpu).map(|e| e.read());
                 continue;
             }
             let Ok(event) = u32::try_from(entry.data()) else {
                 continue;
             };
-            // Drain first: an event that comes after this sets its bit at the next idle.
-            drain(self.events.call(event));
             let word = memory.vmm.word64(pending + u64::from(event / 64) * 8)?;
             // Ordering: Release, so that who takes the bit sees what the event announced.
             word.fetch_or(1 << (event % 64), Ordering::Release);
@@ -142,9 +144,4 @@ impl IdleSet {
             },
         }
     }
-}
-
-fn drain(event: Option<&vmm_sys_util::eventfd::EventFd>) {
-    // WouldBlock: somebody else drained it, which a spurious return allows.
-    let _ = event.map(|e| e.read());
 }

@@ -59,7 +59,6 @@ fn system() -> Result<&'static System, AccelError> {
     for (cap, what) in [
         (Cap::UserMemory, "user memory regions"),
         (Cap::Ioeventfd, "ioeventfd"),
-        (Cap::ImmediateExit, "immediate_exit"),
     ] {
         if !kvm.check_extension(cap) {
             return Err(AccelError::KvmLacks { what });

@@ -14,6 +14,7 @@ use pv_abi::layout::{GATE_BASE, RAM_BASE, RAM_HIGH_BASE, VMM_BASE};
 use std::collections::HashSet;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 /// Where Intel's real-mode helper pages go: in the MMIO hole, never mapped by the guest.
 const TSS_PAGES: usize = 0xfffb_d000;
@@ -132,8 +133,8 @@ impl AccelVm for KvmVm {
         set.map_or(Ok(()), |set| set.set(event, on))
     }
 
-    fn freeze(&self) -> io::Result<()> {
-        Ok(())
+    fn freeze(&self) -> io::Result<bool> {
+        Ok(false)
     }
 
     fn thaw(&self) -> io::Result<()> {
@@ -141,6 +142,10 @@ impl AccelVm for KvmVm {
     }
 
     fn kill(&self) {}
+
+    fn wait_dead(&self, _deadline: Option<Instant>) -> bool {
+        true
+    }
 
     fn sandbox_report(&self) -> SandboxReport {
         SandboxReport {

@@ -108,8 +108,7 @@ pub(super) fn start(descriptors: Vec<Option<RawFd>>, base: RawFd) -> io::Result<
     let old = block_all_signals();
     let flags = libc::CLONE_VM | libc::CLONE_VFORK;
     // SAFETY: the stack is the child's alone and outlives it: CLONE_VFORK suspends this thread
-    // until the child has executed the stub or ended. No exit signal: the embedder's own waits and
-    // SIGCHLD handlers never see this child.
+    // until the child has executed the stub or ended.
     let pid = unsafe {
         let top = stack.as_mut_ptr().add(CHILD_STACK & !15);
         libc::clone(child, top.cast(), flags, (&raw mut plan).cast())

@@ -2,8 +2,9 @@
 //!
 //! It traces the guest's threads (seized, killed with the tracer), so that a fault's registers come
 //! from the kernel and cannot be forged. Where ptrace is forbidden it only waits, and faults are
-//! reported by the guest's own process. It waits with `__WNOTHREAD`, so it sees no child but its
-//! own, and the child has no exit signal, so nobody else sees it.
+//! reported by the guest's own process. It waits with `__WNOTHREAD`, so it sees no child but its own.
+//! The embedder's other threads could see this one, though: an embedder must not wait for *any*
+//! child (`waitpid(-1)`) without that flag, because it would take the guest's stops away.
 #![allow(unsafe_code)]
 // UNSAFETY: ptrace and waitpid.
 
@@ -53,12 +54,41 @@ impl Watch {
         self.changed.notify_all();
     }
 
-    /// Notes that a stop is wanted; its end is awaited with [`Watch::wait_stopped`].
-    pub(super) fn want_stop(&self, wanted: bool) {
+    /// Notes that a stop is wanted, or no longer; `true` if that is news.
+    ///
+    /// The stop itself is awaited with [`Watch::wait_stopped`].
+    pub(super) fn want_stop(&self, wanted: bool) -> bool {
+        let mut news = false;
         self.update(|halt| {
-            halt.wanted = wanted;
-            halt.stopped = false;
+            news = halt.wanted != wanted;
+            if news {
+                halt.wanted = wanted;
+                halt.stopped = false;
+            }
         });
+        news
+    }
+
+    /// Waits until the process is dead and has been waited for. `false`: not in time.
+    pub(super) fn wait_dead(&self, deadline: Option<Instant>) -> bool {
+        let mut halt = self.halt.lock().unwrap_or_else(PoisonError::into_inner);
+        while !halt.dead {
+            let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return false;
+            }
+            halt = match left {
+                None => self
+                    .changed
+                    .wait(halt)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let waited = self.changed.wait_timeout(halt, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        true
     }
 
     /// Waits until every thread of the guest has stopped. `false`: it took too long.
@@ -98,8 +128,14 @@ pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<O
         Ok(child) => child,
         Err(error) => return started(Err(error)),
     };
+    let pidfd = match child.pidfd.try_clone() {
+        Ok(pidfd) => pidfd,
+        // Dropped with this thread, the child dies of its parent-death signal.
+        Err(error) => return started(Err(error)),
+    };
     let mut tracer = Tracer {
         pid: child.pid,
+        pidfd,
         threads: HashMap::new(),
         traced: false,
         memory: Arc::clone(&start.memory),
@@ -115,6 +151,13 @@ pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<O
     started(Ok(child.pidfd));
     (start.go)();
     let end = tracer.watch(watch, &start.reporter);
+    // Why first: who sees that it is gone may ask at once.
+    if !watch.ending.load(Ordering::Acquire)
+        && let Some(reporter) = start.reporter.upgrade()
+    {
+        // First reason counts: a fault that was reported before stays the reason.
+        reporter.violation(end);
+    }
     watch.gone.store(true, Ordering::Release);
     for vcpu in 0..start.vcpus {
         for field in [page::HANDOFF, page::READY] {
@@ -127,16 +170,11 @@ pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<O
         }
     }
     watch.update(|halt| halt.dead = true);
-    if !watch.ending.load(Ordering::Acquire)
-        && let Some(reporter) = start.reporter.upgrade()
-    {
-        // First reason counts: a fault that was reported before stays the reason.
-        reporter.violation(end);
-    }
 }
 
 struct Tracer {
     pid: libc::pid_t,
+    pidfd: OwnedFd,
     /// Threads, and whether each is in a group stop.
     threads: HashMap<libc::pid_t, bool>,
     traced: bool,
@@ -241,9 +279,15 @@ impl Tracer {
                         Err(violation) => reporter.violation(violation),
                     }
                 }
-                // SAFETY: our own child, which has not been waited for to its end.
-                unsafe { libc::kill(self.pid, libc::SIGKILL) };
+                self.end();
             }
+        }
+    }
+
+    /// Kills the process; by its pidfd, because its number may be somebody else's by now.
+    fn end(&self) {
+        if let Err(error) = signal(&self.pidfd, libc::SIGKILL) {
+            tracing::debug!(%error, "the guest's process was dead already");
         }
     }
 
@@ -356,10 +400,11 @@ pub(super) fn signal(pidfd: &OwnedFd, signal: libc::c_int) -> io::Result<()> {
 pub(super) fn wait_ready(word: &AtomicU32, gone: &AtomicBool, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     loop {
+        let seen = word.load(Ordering::Acquire);
+        // The word changes at death too, and after `gone`.
         if gone.load(Ordering::Acquire) {
             return false;
         }
-        let seen = word.load(Ordering::Acquire);
         if seen != 0 {
             return true;
         }

@@ -8,7 +8,7 @@ use super::faults::{Signal, blame};
 use super::placement::{Placement, serve_promptly};
 use super::{futex, handoff, page};
 use crate::accel::{StartState, Vcpu, VcpuExit};
-use crate::fault::Registers;
+use crate::fault::{Registers, Violation};
 use crate::memory::GuestMemory;
 use pv_abi::layout::{VMM_BASE, vcpu_page};
 use std::io;
@@ -141,10 +141,11 @@ impl Vcpu for ProcessVcpu {
                 handoff::DOORBELL => VcpuExit::Doorbell(argument()?),
                 handoff::EXIT => VcpuExit::Exit(argument()?),
                 handoff::FAULT => self.self_report()?,
-                other => {
-                    futex::wait(word, other, None);
+                handoff::RUN | handoff::PARKED => {
+                    futex::wait(word, state, None);
                     continue;
                 }
+                word => VcpuExit::Violation(Violation::BadHandOff { word }),
             };
             self.owed = true;
             return Ok(exit);

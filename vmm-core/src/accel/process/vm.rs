@@ -22,6 +22,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 /// First address past user space on x86-64 with four-level paging.
 const USER_END: u64 = 0x7fff_ffff_f000;
@@ -36,9 +37,8 @@ pub(super) struct ProcessVm {
     memory: Arc<GuestMemory>,
     events: Arc<EventTable>,
     calls_base: i32,
-    wakes_base: i32,
-    /// By vCPU: the events it waits for.
-    waiting: Mutex<Vec<Vec<u32>>>,
+    /// By vCPU: the events it waits for, by their place in the poll set.
+    waiting: Mutex<Vec<Vec<Option<u32>>>>,
     layers: u32,
     supervisor: Option<JoinHandle<()>>,
 }
@@ -169,7 +169,6 @@ pub(crate) fn create(
         memory: Arc::clone(&memory),
         events,
         calls_base: number(descriptors.calls)? as i32,
-        wakes_base: number(descriptors.wakes)? as i32,
         waiting: Mutex::new(vec![Vec::new(); vcpus as usize]),
         layers: 0,
         supervisor: Some(supervisor),
@@ -368,30 +367,26 @@ fn why_not_ready(setup: &Region) -> String {
 }
 
 impl ProcessVm {
-    /// Rewrites a vCPU's poll set; takes effect at its next `idle`, which this brings about.
-    fn write_poll_set(&self, vcpu: u32, events: &[u32]) -> io::Result<()> {
+    /// Writes one entry of a vCPU's poll set; `None` empties it, which `ppoll` passes over.
+    fn write_poll_entry(&self, vcpu: u32, slot: usize, event: Option<u32>) -> io::Result<()> {
         let page = vcpu_page(vcpu) - VMM_BASE;
         let vmm = &self.memory.vmm;
-        let wake = i32::try_from(vcpu).map_err(io::Error::other)? + self.wakes_base;
-        let mut entries = vec![(wake, u16::MAX)];
-        for event in events {
-            let fd = self.calls_base + i32::try_from(*event).map_err(io::Error::other)?;
-            entries.push((fd, u16::try_from(*event).map_err(io::Error::other)?));
-        }
-        for (slot, (fd, event)) in (0u64..).zip(&entries) {
-            let entry = PollEntry {
-                fd: *fd,
-                events: libc::POLLIN,
-                revents: 0,
-            };
-            vmm.write(page + page::POLL as u64 + slot * 8, &entry)?;
-            vmm.write(page + page::POLL_EVENT as u64 + slot * 2, event)?;
-        }
-        let count = u32::try_from(entries.len()).map_err(io::Error::other)?;
-        // Ordering: Release, entries before their count.
-        vmm.word32(page + page::POLL_COUNT as u64)?
-            .store(count, Ordering::Release);
-        self.events.wake(vcpu).map_or(Ok(()), signal)
+        // Entry 0 is the vCPU's wake eventfd.
+        let slot = u64::try_from(slot + 1).map_err(io::Error::other)?;
+        let (fd, number) = match event {
+            Some(event) => {
+                let fd = self.calls_base + i32::try_from(event).map_err(io::Error::other)?;
+                (fd, u16::try_from(event).map_err(io::Error::other)?)
+            }
+            None => (-1, u16::MAX),
+        };
+        vmm.write(page + page::POLL_EVENT as u64 + slot * 2, &number)?;
+        let entry = PollEntry {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        vmm.write(page + page::POLL as u64 + slot * 8, &entry)
     }
 }
 
@@ -407,42 +402,62 @@ impl AccelVm for ProcessVm {
     fn wait_for(&self, vcpu: u32, event: u32, on: bool) -> io::Result<()> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let index = usize::try_from(vcpu).map_err(io::Error::other)?;
-        let Some(events) = waiting.get_mut(index) else {
+        let Some(slots) = waiting.get_mut(index) else {
             return Ok(());
         };
-        events.retain(|e| *e != event);
-        if on {
-            if events.len() + 1 >= MAX_POLL {
-                return Err(io::ErrorKind::StorageFull.into());
-            }
-            events.push(event);
+        // An entry never moves: the gate may be half-way through the set.
+        let found = slots.iter().position(|slot| *slot == Some(event));
+        let slot = match (found, on) {
+            (Some(_), true) | (None, false) => return Ok(()),
+            (Some(slot), false) => slot,
+            (None, true) => match slots.iter().position(Option::is_none) {
+                Some(slot) => slot,
+                None if slots.len() + 1 < MAX_POLL => {
+                    slots.push(None);
+                    slots.len() - 1
+                }
+                None => return Err(io::ErrorKind::StorageFull.into()),
+            },
+        };
+        if let Some(entry) = slots.get_mut(slot) {
+            *entry = on.then_some(event);
         }
-        let events = events.clone();
-        self.write_poll_set(vcpu, &events)
+        self.write_poll_entry(vcpu, slot, on.then_some(event))?;
+        let count = u32::try_from(slots.len() + 1).map_err(io::Error::other)?;
+        let at = vcpu_page(vcpu) - VMM_BASE + page::POLL_COUNT as u64;
+        // Ordering: Release, entries before their count.
+        self.memory.vmm.word32(at)?.store(count, Ordering::Release);
+        // An idle vCPU waits with the old set until it is woken.
+        self.events.wake(vcpu).map_or(Ok(()), signal)
     }
 
-    fn freeze(&self) -> io::Result<()> {
-        self.watch.want_stop(true);
-        match supervisor::signal(&self.pidfd, libc::SIGSTOP) {
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
-            other => other?,
+    fn freeze(&self) -> io::Result<bool> {
+        if self.watch.want_stop(true) {
+            match supervisor::signal(&self.pidfd, libc::SIGSTOP) {
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(true),
+                other => other?,
+            }
         }
         if self.watch.wait_stopped(VCPU_KICK_TIMEOUT) {
-            Ok(())
+            Ok(true)
         } else {
-            Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                "the guest's threads did not stop",
-            ))
+            let kind = io::ErrorKind::TimedOut;
+            Err(io::Error::new(kind, "the guest's threads did not stop"))
         }
     }
 
     fn thaw(&self) -> io::Result<()> {
-        self.watch.want_stop(false);
+        if !self.watch.want_stop(false) {
+            return Ok(());
+        }
         match supervisor::signal(&self.pidfd, libc::SIGCONT) {
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
             other => other,
         }
+    }
+
+    fn wait_dead(&self, deadline: Option<Instant>) -> bool {
+        self.watch.wait_dead(deadline)
     }
 
     fn kill(&self) {

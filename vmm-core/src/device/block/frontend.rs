@@ -1,7 +1,8 @@
 //! One connection to a backend: handshake, activation, reset.
 
+use super::deadline::Deadline;
 use crate::device::{Backend, DeviceIo, Offer, QueueConfig, Setup};
-use crate::limits::BACKEND_REPLY_TIMEOUT;
+use crate::limits::BACKEND_DEADLINE;
 use pv_abi::status::Status;
 use pv_abi::virtio::block::Config;
 use pv_abi::virtio::feature;
@@ -33,8 +34,7 @@ pub(super) struct VhostBlock {
 impl VhostBlock {
     /// Shakes hands over a connected socket.
     pub(super) fn handshake(stream: UnixStream, queues: u16) -> io::Result<(VhostBlock, Offer)> {
-        stream.set_read_timeout(Some(BACKEND_REPLY_TIMEOUT))?;
-        stream.set_write_timeout(Some(BACKEND_REPLY_TIMEOUT))?;
+        let _deadline = Deadline::start(&stream, BACKEND_DEADLINE)?;
         let kept = stream.try_clone()?;
         let mut frontend = Frontend::from_stream(stream, u64::from(queues));
         frontend.set_owner().map_err(step("SET_OWNER"))?;
@@ -182,10 +182,12 @@ fn step(message: &'static str) -> impl FnOnce(vhost::Error) -> io::Error {
 
 impl Backend for VhostBlock {
     fn activate(&mut self, setup: &Setup, io: &DeviceIo) -> io::Result<()> {
+        let _deadline = Deadline::start(&self.stream, BACKEND_DEADLINE)?;
         self.start(setup, io).inspect_err(|_| self.hang_up())
     }
 
     fn reset(&mut self) -> io::Result<()> {
+        let _deadline = Deadline::start(&self.stream, BACKEND_DEADLINE)?;
         for index in 0..std::mem::take(&mut self.active) {
             // GET_VRING_BASE stops the ring; its reply says that the backend is done with it.
             self.frontend
@@ -201,6 +203,8 @@ impl Backend for VhostBlock {
         if !self.protocol.contains(VhostUserProtocolFeatures::CONFIG) {
             return Err(Status::NotSupported);
         }
+        let deadline = Deadline::start(&self.stream, BACKEND_DEADLINE);
+        let _deadline = deadline.map_err(|_| Status::HostError)?;
         self.frontend
             .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
             .map_err(|_| Status::NotSupported)

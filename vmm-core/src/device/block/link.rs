@@ -1,35 +1,79 @@
 //! Keeping a backend behind a device: spawn or connect, notice loss, start over.
 
 use super::frontend::VhostBlock;
-use super::spawn::BackendProcess;
+use super::spawn::{BackendProcess, connect};
 use super::{BlockConfig, Source};
+use crate::device::local::OnPanic;
 use crate::device::{Offer, Slot};
-use crate::fault::PeerLost;
-use crate::limits::{BACKEND_CONNECT_TIMEOUT, RECONNECT_PAUSE};
+use crate::fault::{Fault, PeerLost, Policy};
+use crate::limits::{
+    BACKEND_CONNECT_TIMEOUT, RECONNECT_PAUSE, RECONNECT_PAUSE_IN_USE, STEADY_CONNECTION,
+};
 use crate::vm::VmEvent;
 use crate::vm::events::signal;
 use crate::vm::stats::Counters;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Marks the order to stop among the epoll's data.
+/// Marks the order to stop among the epoll's data; the peer is the other.
 const STOP: u64 = 1;
+const PEER: u64 = 2;
 
 /// Where an embedder hears of losses and reconnects.
 pub(crate) type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;
 
+/// Whom a link tells what.
+pub(crate) struct Reports {
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) events: EventSink,
+    /// Called if the embedder's event sink panics.
+    pub(crate) panicked: Box<dyn FnOnce() + Send>,
+}
+
 /// The thread that keeps one backend.
 pub(crate) struct Link {
-    stop: EventFd,
-    pid: Arc<AtomicU32>,
+    control: Arc<Control>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What others may do to a link while its thread is busy.
+struct Control {
+    stop: EventFd,
+    stopping: AtomicBool,
+    /// The connection that is there or being made.
+    stream: Mutex<Option<UnixStream>>,
+    pid: AtomicU32,
+}
+
+impl Control {
+    /// The connection to hang up when the link is stopped.
+    fn publish(&self, stream: &UnixStream) -> io::Result<()> {
+        let stream = stream.try_clone()?;
+        let mut slot = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.stopping.load(Ordering::Acquire) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        *slot = Some(stream);
+        Ok(())
+    }
+
+    fn stop(&self) {
+        let slot = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        self.stopping.store(true, Ordering::Release);
+        let _ = signal(&self.stop);
+        if let Some(stream) = slot.as_ref() {
+            // Whoever waits for an answer gets an end instead; the backend drains by itself.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
 }
 
 struct Keeper {
@@ -37,13 +81,14 @@ struct Keeper {
     slot: Arc<Slot>,
     counters: Arc<Counters>,
     events: EventSink,
-    stop: EventFd,
-    pid: Arc<AtomicU32>,
+    control: Arc<Control>,
+    epoll: Epoll,
 }
 
 struct Connection {
     process: Option<BackendProcess>,
     stream: UnixStream,
+    since: Instant,
 }
 
 impl Link {
@@ -51,26 +96,39 @@ impl Link {
     pub(crate) fn start(
         config: BlockConfig,
         slot: Arc<Slot>,
-        counters: Arc<Counters>,
-        events: EventSink,
+        reports: Reports,
     ) -> io::Result<Link> {
-        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let pid = Arc::new(AtomicU32::new(0));
+        let control = Arc::new(Control {
+            stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            stopping: AtomicBool::new(false),
+            stream: Mutex::new(None),
+            pid: AtomicU32::new(0),
+        });
+        let epoll = Epoll::new()?;
+        let stop = EpollEvent::new(EventSet::IN, STOP);
+        epoll.ctl(ControlOperation::Add, control.stop.as_raw_fd(), stop)?;
+        let Reports {
+            counters,
+            events,
+            panicked,
+        } = reports;
         let keeper = Keeper {
             config,
             slot,
             counters,
             events,
-            stop: stop.try_clone()?,
-            pid: pid.clone(),
+            control: Arc::clone(&control),
+            epoll,
         };
         let (sender, first) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("pv-backend".into())
-            .spawn(move || keeper.run(&sender))?;
+            .spawn(move || {
+                let _guard = OnPanic(Some(panicked));
+                keeper.run(&sender);
+            })?;
         let link = Link {
-            stop,
-            pid,
+            control,
             thread: Some(thread),
         };
         first
@@ -81,13 +139,18 @@ impl Link {
 
     /// Process ID of a supervised backend; 0 while there is none.
     pub(crate) fn pid(&self) -> u32 {
-        self.pid.load(Ordering::Relaxed)
+        self.control.pid.load(Ordering::Relaxed)
+    }
+
+    /// Hangs up for good; whoever waits for the backend stops waiting. Does not wait itself.
+    pub(crate) fn stop(&self) {
+        self.control.stop();
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        let _ = signal(&self.stop);
+        self.stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -96,8 +159,7 @@ impl Drop for Link {
 
 impl Keeper {
     fn run(self, first: &mpsc::Sender<io::Result<()>>) {
-        let device = self.slot.info.index;
-        let _span = tracing::debug_span!("backend", device).entered();
+        let _span = tracing::debug_span!("backend", device = self.slot.info.index).entered();
         let mut connected = match self.first_connection() {
             Ok((connection, backend, offer)) => {
                 let ready = self.slot.backend_ready(Box::new(backend), offer);
@@ -114,49 +176,84 @@ impl Keeper {
         };
         let mut pause = RECONNECT_PAUSE.0;
         loop {
-            if let Some(mut connection) = connected.take() {
+            if let Some(connection) = connected.take() {
+                let since = connection.since;
                 if self.wait_for_loss(&connection.stream) {
-                    self.slot.shut_down();
-                    drop(connection.stream);
-                    if let Some(mut process) = connection.process {
-                        process.finish();
-                    }
+                    return self.end(connection);
+                }
+                let Some(in_use) = self.lose(connection) else {
                     return;
-                }
-                // A supervised one is known dead before the guest hears of it; another's resets wait
-                // until it takes a new connection.
-                let (why, drained) = match &mut connection.process {
-                    Some(process) => (process.kill(), true),
-                    None => ("it closed the connection".into(), false),
                 };
-                self.pid.store(0, Ordering::Relaxed);
-                self.counters.backend_losses.add(1);
-                let lost = PeerLost { device, why };
-                tracing::warn!(device, %lost, "backend lost");
-                if let Err(error) = self.slot.backend_lost(drained) {
-                    tracing::error!(%error, "the device table cannot be written");
+                if since.elapsed() >= STEADY_CONNECTION {
+                    pause = RECONNECT_PAUSE.0;
                 }
-                (self.events)(VmEvent::BackendLost(lost));
+                let most = if in_use {
+                    RECONNECT_PAUSE_IN_USE
+                } else {
+                    RECONNECT_PAUSE.1
+                };
+                pause = pause.min(most);
             }
+            if self.sleep(pause) {
+                return;
+            }
+            pause = (pause * 2).min(RECONNECT_PAUSE.1);
             match self.connect() {
                 Ok((connection, backend, offer)) => {
                     if let Err(error) = self.slot.backend_ready(Box::new(backend), offer) {
                         tracing::error!(%error, "the device table cannot be written");
                     }
                     self.counters.backend_reconnects.add(1);
+                    let device = self.slot.info.index;
                     (self.events)(VmEvent::BackendReconnected { device });
-                    pause = RECONNECT_PAUSE.0;
                     connected = Some(connection);
                 }
-                Err(error) => {
-                    tracing::debug!(device, %error, "backend not back yet");
-                    if self.sleep(pause) {
-                        return;
-                    }
-                    pause = (pause * 2).min(RECONNECT_PAUSE.1);
-                }
+                Err(error) => tracing::debug!(%error, "backend not back yet"),
             }
         }
+    }
+
+    /// The VM is over: the device stops, and then the backend.
+    fn end(&self, connection: Connection) {
+        self.slot.shut_down();
+        drop(connection.stream);
+        self.control
+            .stream
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(mut process) = connection.process {
+            process.finish();
+        }
+    }
+
+    /// The backend is gone: says so. Whether the device was in use, or `None` to stop.
+    ///
+    /// A supervised backend is known dead before the guest hears of it; another's resets wait until
+    /// it takes a new connection.
+    fn lose(&self, mut connection: Connection) -> Option<bool> {
+        let device = self.slot.info.index;
+        let (why, drained) = match &mut connection.process {
+            Some(process) => loop {
+                if let Some(why) = process.kill() {
+                    break (why, true);
+                }
+                if self.sleep(RECONNECT_PAUSE.1) {
+                    return None;
+                }
+            },
+            None => ("it closed the connection".into(), false),
+        };
+        self.control.pid.store(0, Ordering::Relaxed);
+        self.counters.backend_losses.add(1);
+        let lost = PeerLost { device, why };
+        tracing::warn!(%lost, "backend lost");
+        let in_use = self.slot.backend_lost(drained).unwrap_or_else(|error| {
+            tracing::error!(%error, "the device table cannot be written");
+            false
+        });
+        (self.events)(VmEvent::BackendLost(lost.clone()));
+        (Fault::Backend(lost).policy() == Policy::Reconnect).then_some(in_use)
     }
 
     /// A socket may not be listened on yet; a process that cannot be started will not be later.
@@ -167,7 +264,9 @@ impl Keeper {
                 Err(error) if matches!(self.config.source, Source::Socket(_)) => {
                     let not_yet = matches!(
                         error.kind(),
-                        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                        io::ErrorKind::NotFound
+                            | io::ErrorKind::ConnectionRefused
+                            | io::ErrorKind::WouldBlock
                     );
                     if !not_yet || Instant::now() >= deadline || self.sleep(RECONNECT_PAUSE.0) {
                         return Err(error);
@@ -184,49 +283,61 @@ impl Keeper {
                 let (process, stream) = BackendProcess::start(command())?;
                 (Some(process), stream)
             }
-            Source::Socket(path) => (None, UnixStream::connect(path)?),
+            Source::Socket(path) => (None, connect(path)?),
         };
+        self.control.publish(&stream)?;
         let (backend, offer) = VhostBlock::handshake(stream.try_clone()?, self.config.queues)?;
         if let Some(process) = &process {
-            self.pid.store(process.id(), Ordering::Relaxed);
+            self.control.pid.store(process.id(), Ordering::Relaxed);
         }
-        Ok((Connection { process, stream }, backend, offer))
+        Ok((
+            Connection {
+                process,
+                stream,
+                since: Instant::now(),
+            },
+            backend,
+            offer,
+        ))
     }
 
     /// Waits until the peer hangs up. `true`: told to stop instead.
     fn wait_for_loss(&self, stream: &UnixStream) -> bool {
         // What the peer sends is the replies that the frontend waits for; only its end is news here.
-        self.wait(Some((stream.as_raw_fd(), EventSet::READ_HANG_UP)), None)
+        let event = EpollEvent::new(EventSet::READ_HANG_UP, PEER);
+        if let Err(error) = self
+            .epoll
+            .ctl(ControlOperation::Add, stream.as_raw_fd(), event)
+        {
+            tracing::error!(%error, "the backend cannot be watched; starting it anew");
+            return false;
+        }
+        let stop = self.wait(None);
+        let gone = EpollEvent::default();
+        let _ = self
+            .epoll
+            .ctl(ControlOperation::Delete, stream.as_raw_fd(), gone);
+        stop
     }
 
     /// Sleeps. `true`: told to stop.
     fn sleep(&self, pause: Duration) -> bool {
-        self.wait(None, Some(pause))
+        self.wait(Some(pause))
     }
 
-    /// Waits for another event, a time limit, or the order to stop, which is what `true` means.
-    fn wait(&self, other: Option<(RawFd, EventSet)>, limit: Option<Duration>) -> bool {
-        let waited = || -> io::Result<bool> {
-            let epoll = Epoll::new()?;
-            let stop = EpollEvent::new(EventSet::IN, STOP);
-            epoll.ctl(ControlOperation::Add, self.stop.as_raw_fd(), stop)?;
-            if let Some((fd, events)) = other {
-                epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0))?;
-            }
-            let millis = limit.map_or(-1, |l| i32::try_from(l.as_millis()).unwrap_or(i32::MAX));
-            loop {
-                let mut ready = [EpollEvent::default(); 2];
-                match epoll.wait(millis, &mut ready) {
-                    Ok(count) => return Ok(ready.iter().take(count).any(|e| e.data() == STOP)),
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => return Err(error),
+    /// Waits for the peer's end, a time limit, or the order to stop, which is what `true` means.
+    fn wait(&self, limit: Option<Duration>) -> bool {
+        let millis = limit.map_or(-1, |l| i32::try_from(l.as_millis()).unwrap_or(i32::MAX));
+        let mut ready = [EpollEvent::default(); 2];
+        loop {
+            match self.epoll.wait(millis, &mut ready) {
+                Ok(count) => return ready.iter().take(count).any(|e| e.data() == STOP),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::error!(%error, "epoll");
+                    return self.control.stopping.load(Ordering::Acquire);
                 }
             }
-        };
-        waited().unwrap_or_else(|error| {
-            // Without a way to wait there is no way to supervise: give the backend up.
-            tracing::error!(%error, "the backend can no longer be watched");
-            true
-        })
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! and starts over. [`frontend`] turns activation and reset into vhost-user messages. The memory
 //! table that a backend gets holds this device's arena and nothing else.
 
+mod deadline;
 mod frontend;
 pub(crate) mod link;
 mod spawn;

@@ -1,0 +1,81 @@
+//! Ends that are seen from outside the VM: by its threads and its process.
+//!
+//! In a test program of their own, because they look at what else this process has.
+
+use paravane_tests::{accels, patience, suite_vm};
+use std::fs;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use vmm_core::{Accel, ExitReason, Violation};
+
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn children_of(pid: u32) -> Vec<u32> {
+    let mut children = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let list = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        children.extend(
+            list.split_ascii_whitespace()
+                .filter_map(|p| p.parse::<u32>().ok()),
+        );
+    }
+    children
+}
+
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + patience(30);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_guest_process_that_is_killed_says_so_every_time() {
+    let _alone = alone();
+    for _ in 0..30 {
+        let vm = suite_vm("life.spin", Accel::Process).unwrap().vcpus(1);
+        let vm = vm.build().unwrap().run().unwrap();
+        let guest = *children_of(std::process::id())
+            .first()
+            .expect("the guest's process");
+        Command::new("kill")
+            .args(["-9", &guest.to_string()])
+            .status()
+            .unwrap();
+        match vm.wait_timeout(patience(30)).expect("in time") {
+            ExitReason::Violation(Violation::ProcessEnded { how }) => assert_eq!(how, "signal 9"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn an_exit_stops_all_vcpus_without_being_waited_for() {
+    let _alone = alone();
+    let vcpus = || {
+        let tasks = fs::read_dir("/proc/self/task").unwrap().flatten();
+        tasks
+            .filter_map(|task| fs::read_to_string(task.path().join("comm")).ok())
+            .filter(|name| name.starts_with("pv-vcpu"))
+            .count()
+    };
+    for accel in accels().unwrap() {
+        let vm = suite_vm("smp.exit_from_secondary", accel)
+            .unwrap()
+            .build()
+            .unwrap();
+        let vm = vm.run().unwrap();
+        wait_until("the exit", || vm.exit().is_some());
+        wait_until("a vCPU thread goes on after the exit", || vcpus() == 0);
+        assert_eq!(vm.wait().code(), Some(7));
+    }
+}

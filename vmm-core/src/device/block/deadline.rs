@@ -1,0 +1,47 @@
+//! A deadline on a conversation with a backend.
+//!
+//! The vhost-user frontend reads until an answer is complete, however long that takes, so a socket
+//! time-out does not end it. What does is shutting the socket down, from another thread.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+/// Ends the conversation on a socket unless it is dropped in time.
+pub(super) struct Deadline(#[allow(dead_code)] mpsc::Sender<()>);
+
+impl Deadline {
+    /// From now on; conversations are rare (bring-up, reset), so a thread for each costs nothing.
+    pub(super) fn start(stream: &UnixStream, limit: Duration) -> io::Result<Deadline> {
+        let (sender, dropped) = mpsc::channel();
+        let stream = stream.try_clone()?;
+        std::thread::Builder::new()
+            .name("pv-deadline".into())
+            .spawn(move || {
+                if let Err(RecvTimeoutError::Timeout) = dropped.recv_timeout(limit) {
+                    tracing::debug!(?limit, "a backend did not answer in time");
+                    let _ = stream.shutdown(Shutdown::Both);
+                }
+            })?;
+        Ok(Deadline(sender))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn silence_ends_and_an_answer_in_time_goes_on() {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        drop(Deadline::start(&ours, Duration::from_millis(20)).unwrap());
+        std::thread::sleep(Duration::from_millis(60));
+        io::Write::write_all(&mut &theirs, b"x").unwrap();
+        assert_eq!(ours.read(&mut [0]).unwrap(), 1);
+        let _deadline = Deadline::start(&ours, Duration::from_millis(20)).unwrap();
+        assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+    }
+}
