@@ -10,6 +10,7 @@
 //! | [`block`] | a chain becomes a typed request; a result becomes a status byte |
 //! | [`engine`] | bytes come from and go to the disk |
 //! | [`adapter`] | lets a `VhostUserBackend` be served by [`session`] |
+//! | [`sandbox`] | what a daemon gives up once everything is open |
 //! | [`limits`] | every bound, with its reason |
 //!
 //! [`ring`] and [`block`]'s parser know nothing of sockets: a VMM uses them in-process.
@@ -38,6 +39,7 @@ pub mod engine;
 pub mod limits;
 mod readiness;
 pub mod ring;
+pub mod sandbox;
 pub mod session;
 
 pub use daemon::pv_blkd_main;

@@ -18,15 +18,23 @@ pub(super) enum Socket {
     Connected(UnixStream),
 }
 
-/// A socket file that this process made: removed on drop, unless it is another one by then.
-#[derive(Debug)]
+/// A socket file that this process made.
+#[derive(Clone, Debug)]
 pub(super) struct SocketPath {
     path: PathBuf,
     identity: (u64, u64),
 }
 
-impl Drop for SocketPath {
-    fn drop(&mut self) {
+impl SocketPath {
+    pub(super) fn folder(&self) -> &Path {
+        match self.path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        }
+    }
+
+    /// Removes the file, unless it is another one by now.
+    pub(super) fn remove(&self) {
         if identity(&self.path).is_ok_and(|now| now == self.identity) {
             // Gone already is as good.
             let _ = fs::remove_file(&self.path);

@@ -1,0 +1,324 @@
+//! The sandbox: what it refuses, and that serving goes on inside it, on every engine.
+#![allow(unsafe_code)]
+// UNSAFETY: a user is changed and a filter installed between fork and exec.
+
+mod support;
+
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
+
+const MIB: u64 = 1 << 20;
+/// Somebody without privileges.
+const NOBODY: u32 = 65534;
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
+    command.stdin(Stdio::null());
+    command
+}
+
+/// A copy that an unprivileged user can execute, wherever the build directory is.
+fn program_for_all(disk: &Disk) -> Command {
+    let copy = disk.dir.path().join("pv-blkd");
+    std::fs::copy(env!("CARGO_BIN_EXE_pv-blkd"), &copy).unwrap();
+    let open = |path: &std::path::Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    open(disk.dir.path(), 0o777);
+    open(&copy, 0o755);
+    open(&disk.image, 0o666);
+    let mut command = Command::new(copy);
+    command.stdin(Stdio::null());
+    command
+}
+
+fn am_root() -> bool {
+    // SAFETY: no pointer.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// Every line of a self-test: the call and how it ended.
+fn lines(output: &Output) -> Vec<(String, String)> {
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .map(|(call, rest)| (call.to_owned(), rest.trim().to_owned()))
+        .collect()
+}
+
+fn assert_all_killed(output: &Output) {
+    let lines = lines(output);
+    assert!(lines.len() >= 10, "{output:?}");
+    for (call, outcome) in lines {
+        assert_eq!(outcome, "killed (SIGSYS)", "{call}");
+    }
+    assert!(output.status.success());
+}
+
+#[test]
+fn open_socket_and_execve_are_refused() {
+    let output = program().arg("--self-test").output().unwrap();
+    assert_all_killed(&output);
+    let calls: Vec<String> = lines(&output).into_iter().map(|(call, _)| call).collect();
+    for call in ["open", "socket", "execve", "fork", "ptrace"] {
+        assert!(calls.iter().any(|c| c == call), "{call}");
+    }
+}
+
+#[test]
+fn they_are_refused_to_an_unprivileged_user_too() {
+    if !am_root() {
+        // The test above was that.
+        return;
+    }
+    let disk = Disk::new(MIB);
+    let mut command = program_for_all(&disk);
+    let output = command.uid(NOBODY).gid(NOBODY).arg("--self-test").output();
+    assert_all_killed(&output.unwrap());
+}
+
+#[test]
+fn without_a_filter_paths_and_privileges_are_still_gone() {
+    let args = ["--self-test", "--seccomp", "none"];
+    let output = program().args(args).output().unwrap();
+    let outcomes = lines(&output);
+    let of = |call: &str| {
+        let found = outcomes.iter().find(|(c, _)| c == call);
+        found.map(|(_, outcome)| outcome.as_str()).unwrap()
+    };
+    for call in ["mount", "ptrace", "unshare"] {
+        assert!(of(call).starts_with("refused"), "{call}: {}", of(call));
+    }
+    // Where the kernel has Landlock.
+    if !has_no_landlock() {
+        for call in ["open", "openat2", "execve"] {
+            assert!(of(call).starts_with("refused"), "{call}: {}", of(call));
+        }
+    }
+    // The self-test says that it is not enough.
+    assert!(!output.status.success());
+}
+
+/// Asked of the kernel: `LANDLOCK_CREATE_RULESET_VERSION`.
+fn has_no_landlock() -> bool {
+    // SAFETY: no attributes, so no pointer is read.
+    let abi = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0usize, 0usize, 1u32) };
+    abi < 1
+}
+
+/// Ended with the test, whatever happens.
+struct Daemon(Child);
+
+impl Daemon {
+    fn start(command: &mut Command, disk: &Disk, more: &[&str]) -> Daemon {
+        command.arg("--socket-path").arg(&disk.socket);
+        command.arg("--blk-file").arg(&disk.image).args(more);
+        Daemon(command.stderr(Stdio::piped()).spawn().unwrap())
+    }
+
+    fn status(&self) -> String {
+        std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap()
+    }
+
+    fn field(&self, name: &str) -> String {
+        let status = self.status();
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_once(':').unwrap().1.trim().to_owned()
+    }
+
+    /// The exit code and what it said, after SIGTERM.
+    fn end(mut self) -> (Option<i32>, String) {
+        let pid = libc::pid_t::try_from(self.0.id()).unwrap();
+        // SAFETY: kill takes no pointer; the child has not been waited for.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        let deadline = Instant::now() + TIMEOUT;
+        let status = loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the daemon did not end");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let mut said = String::new();
+        let mut stderr = self.0.stderr.take().unwrap();
+        stderr.read_to_string(&mut said).unwrap();
+        (status.code(), said)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Every kind of request, verified, on several queues and over several connections.
+fn verified_io(disk: &Disk) {
+    for round in 0..3u64 {
+        let mut front = Frontend::connect(&disk.socket, FEATURES, 2, 128, MIB as usize);
+        for i in 0..64u64 {
+            let len = 4096 * (1 + i as usize % 5);
+            let data = pattern(i + round, len);
+            assert_eq!(front.write_sync(i as usize % 2, i * 65536, &data), 0);
+        }
+        // Misaligned for O_DIRECT: the bounce.
+        assert_eq!(front.write_sync(0, 512 * 3, &pattern(99, 512)), 0);
+        assert_eq!(front.read_sync(0, 512 * 3, 512), (0, pattern(99, 512)));
+        front.queues[0].flush(7).unwrap();
+        front.kick(0);
+        assert_eq!(front.complete(0), (7, 0));
+        for i in 0..64u64 {
+            let data = pattern(i + round, 4096 * (1 + i as usize % 5));
+            if i == 0 {
+                continue;
+            }
+            assert_eq!(
+                front.read_sync((i as usize + 1) % 2, i * 65536, data.len()),
+                (0, data)
+            );
+        }
+        front.queues[1].write_zeroes(65536, 4096, false, 8).unwrap();
+        front.queues[1].discard(2 * 65536, 4096, 9).unwrap();
+        front.kick(1);
+        let mut both = [front.complete(1), front.complete(1)];
+        both.sort();
+        assert_eq!(both, [(8, 0), (9, 0)]);
+        assert_eq!(front.read_sync(0, 65536, 4096), (0, vec![0; 4096]));
+    }
+}
+
+fn serves_confined(mut command: Command, disk: &Disk, more: &[&str]) {
+    let daemon = Daemon::start(
+        &mut command,
+        disk,
+        &[&["--num-queues", "2", "--verbose"], more].concat(),
+    );
+    verified_io(disk);
+    // Seen from outside: a filter, no privileges to get, and none left.
+    assert_eq!(daemon.field("Seccomp:"), "2");
+    assert_eq!(daemon.field("NoNewPrivs:"), "1");
+    for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+        assert_eq!(daemon.field(set), "0000000000000000", "{set}");
+    }
+    let (code, said) = daemon.end();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("sandbox: "), "{said}");
+    assert!(said.contains("seccomp: kill"), "{said}");
+    assert!(!disk.socket.exists(), "the socket is removed from outside");
+}
+
+#[test]
+fn page_cache_is_served_inside() {
+    let disk = Disk::new(16 * MIB);
+    serves_confined(program(), &disk, &[]);
+}
+
+#[test]
+fn direct_is_served_inside() {
+    let disk = Disk::new(16 * MIB);
+    serves_confined(program(), &disk, &["--direct"]);
+}
+
+#[test]
+fn unprivileged_user_is_served_inside() {
+    if !am_root() {
+        return;
+    }
+    let disk = Disk::new(16 * MIB);
+    let mut command = program_for_all(&disk);
+    command.uid(NOBODY).gid(NOBODY);
+    serves_confined(command, &disk, &[]);
+}
+
+/// A host that answers some calls with an errno, as containers do.
+fn without(command: &mut Command, calls: &[libc::c_long], errno: i32) {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+    let program: BpfProgram = SeccompFilter::new(
+        calls.iter().map(|call| (*call, vec![])).collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno as u32),
+        TargetArch::x86_64,
+    )
+    .and_then(TryInto::try_into)
+    .unwrap();
+    // SAFETY: the program was built before; applying it makes system calls only.
+    unsafe {
+        command.pre_exec(move || {
+            seccompiler::apply_filter(&program).map_err(|_| std::io::ErrorKind::Other.into())
+        })
+    };
+}
+
+#[test]
+fn without_io_uring_plain_calls_serve_inside() {
+    let disk = Disk::new(16 * MIB);
+    let mut command = program();
+    without(&mut command, &[libc::SYS_io_uring_setup], libc::EPERM);
+    serves_confined(command, &disk, &[]);
+}
+
+#[test]
+fn a_container_without_landlock_and_namespaces_is_reported_and_served() {
+    let disk = Disk::new(16 * MIB);
+    let mut command = program();
+    let absent = [
+        libc::SYS_landlock_create_ruleset,
+        libc::SYS_landlock_restrict_self,
+    ];
+    without(&mut command, &absent, libc::ENOSYS);
+    without(&mut command, &[libc::SYS_unshare], libc::EPERM);
+    let daemon = Daemon::start(&mut command, &disk, &["--num-queues", "2"]);
+    verified_io(&disk);
+    let (code, said) = daemon.end();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("the sandbox lacks landlock"), "{said}");
+    assert!(said.contains("the sandbox lacks namespaces"), "{said}");
+}
+
+#[test]
+fn strict_does_not_start_without_a_layer() {
+    let disk = Disk::new(MIB);
+    let mut command = program();
+    let absent = [libc::SYS_landlock_create_ruleset];
+    without(&mut command, &absent, libc::ENOSYS);
+    let daemon = Daemon::start(&mut command, &disk, &["--sandbox", "strict"]);
+    let deadline = Instant::now() + TIMEOUT;
+    let mut daemon = daemon;
+    while daemon.0.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "the daemon did not end");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let (code, said) = daemon.end();
+    assert_eq!(code, Some(1));
+    assert!(
+        said.contains("cannot enter the sandbox: landlock"),
+        "{said}"
+    );
+    assert!(!disk.socket.exists(), "it cleans up");
+}
+
+#[test]
+fn none_is_none() {
+    let disk = Disk::new(16 * MIB);
+    let daemon = Daemon::start(
+        &mut program(),
+        &disk,
+        &[
+            "--num-queues",
+            "2",
+            "--sandbox",
+            "none",
+            "--seccomp",
+            "none",
+        ],
+    );
+    verified_io(&disk);
+    assert_eq!(daemon.field("Seccomp:"), "0");
+    assert_eq!(daemon.field("NoNewPrivs:"), "0");
+    assert_eq!(daemon.end().0, Some(0));
+}
