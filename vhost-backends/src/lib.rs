@@ -10,6 +10,8 @@
 //! | [`block`] | a chain becomes a typed request; a result becomes a status byte |
 //! | [`engine`] | bytes come from and go to the disk |
 //! | [`adapter`] | lets a `VhostUserBackend` be served by [`session`] |
+//! | [`limit`] | how many requests and bytes a device may take each second |
+//! | [`stats`] | what was done, how long it took, what went wrong |
 //! | [`sandbox`] | what a daemon gives up once everything is open |
 //! | [`limits`] | every bound, with its reason |
 //!
@@ -36,10 +38,12 @@ pub mod adapter;
 pub mod block;
 pub mod daemon;
 pub mod engine;
+pub mod limit;
 pub mod limits;
 mod readiness;
 pub mod ring;
 pub mod sandbox;
 pub mod session;
+pub mod stats;
 
 pub use daemon::pv_blkd_main;

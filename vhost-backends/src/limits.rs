@@ -35,3 +35,10 @@ pub const MAX_REFUSALS_LOGGED: u32 = 8;
 pub const MAX_RETIRED_LOGGED: u64 = 16;
 /// Seconds that a frontend may take to confirm what a device tells it.
 pub const BACKEND_ACK_TIMEOUT_SECS: u64 = 10;
+/// Requests or bytes per second that a limit can be set to: far beyond any disk, and small enough
+/// that a burst's time is exact in nanoseconds.
+pub const MAX_RATE: u64 = 1 << 50;
+/// Requests or bytes that a burst can have.
+pub const MAX_RATE_BURST: u64 = 1 << 50;
+/// Milliseconds after which a queue that is held back looks again: limits may have changed.
+pub const MAX_HOLD_MILLIS: u64 = 100;

@@ -3,18 +3,19 @@
 use super::poll::AdaptivePoll;
 use super::request::{HEADER_LEN, Request};
 use super::{Counters, Disk};
-use crate::engine::{Engine, Finished, Operation, Token, WakeSources, open_engine};
-use crate::limits::{MAX_BATCH, MAX_IN_FLIGHT, MAX_RETIRED_LOGGED};
+use crate::engine::{Engine, Finished, Operation, Token, Wake, WakeSources, open_engine};
+use crate::limits::{MAX_BATCH, MAX_HOLD_MILLIS, MAX_IN_FLIGHT, MAX_RETIRED_LOGGED};
 use crate::readiness::Event;
 use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
 use crate::session::{Notifier, QueueSetup, QueueStop, QueueWorker};
+use crate::stats::{Kind, Measure, QueueStats};
 use pv_abi::virtio::block::status;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 
 /// Starts a worker and waits until it serves.
@@ -46,7 +47,7 @@ pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn Qu
             };
             // The caller waits for this.
             let _ = started.send(Ok(()));
-            Worker::new(disk, setup.ring, engine, memory, setup.call, setup.err).run()
+            Worker::new(disk, setup.index, setup.ring, engine, memory, setup.call, setup.err).run()
         })?;
     outcome
         .recv()
@@ -90,10 +91,12 @@ struct Pending {
     chain: OwnedChain,
     /// Bytes of data that the device writes if all goes well.
     data: u64,
+    measure: Measure,
 }
 
 struct Worker {
     disk: Arc<Disk>,
+    index: u16,
     ring: Ring,
     engine: Box<dyn Engine>,
     memory: Arc<GuestMemoryMmap>,
@@ -102,14 +105,19 @@ struct Worker {
     pending: Vec<Option<Pending>>,
     free: Vec<Token>,
     done: Vec<Completion>,
+    /// What is in `done`, for the statistics.
+    measured: Vec<Measure>,
     finished: Vec<Finished>,
     retired: bool,
+    /// The limits hold the queue back for this long.
+    hold: Option<Duration>,
     poll: AdaptivePoll,
 }
 
 impl Worker {
     fn new(
         disk: Arc<Disk>,
+        index: u16,
         ring: Ring,
         engine: Box<dyn Engine>,
         memory: Arc<GuestMemoryMmap>,
@@ -120,6 +128,7 @@ impl Worker {
         let free = (0..MAX_IN_FLIGHT as Token).rev().collect();
         Worker {
             disk,
+            index,
             ring,
             engine,
             memory,
@@ -130,14 +139,17 @@ impl Worker {
                 .collect(),
             free,
             done: Vec::with_capacity(MAX_BATCH),
+            measured: Vec::with_capacity(MAX_BATCH),
             finished: Vec::with_capacity(MAX_IN_FLIGHT),
             retired: false,
+            hold: None,
             poll: AdaptivePoll::default(),
         }
     }
 
     /// Serves the ring until the stop event; everything that was taken is completed then.
     fn run(mut self) -> QueueStop {
+        self.with_stats(QueueStats::clear_in_flight);
         if let Err(error) = self.serve() {
             // The engine itself failed, not a request: nothing more can be served.
             tracing::error!(%error, "block queue stopped");
@@ -150,6 +162,9 @@ impl Worker {
         };
         // Drains what an engine error left; the engine must go before the memory.
         drop(self.engine);
+        if let Some(stats) = self.disk.stats.queue(self.index) {
+            stats.clear_in_flight();
+        }
         stop
     }
 
@@ -164,6 +179,12 @@ impl Worker {
             if took == MAX_BATCH {
                 // More is likely there; the host should work on this meanwhile.
                 self.engine.submit()?;
+                continue;
+            }
+            if let Some(hold) = self.hold {
+                if self.held_back(hold)?.stop {
+                    break;
+                }
                 continue;
             }
             let may_take = !self.free.is_empty();
@@ -184,6 +205,22 @@ impl Worker {
             self.publish();
         }
         Ok(())
+    }
+
+    /// Sleeps while the limits hold the queue back; what is in flight goes on.
+    fn held_back(&mut self, hold: Duration) -> io::Result<Wake> {
+        let asleep = Instant::now();
+        let limit = hold.min(Duration::from_millis(MAX_HOLD_MILLIS));
+        let wake = self.engine.wait_for(&mut self.finished, limit)?;
+        self.with_stats(|stats| stats.held(asleep.elapsed()));
+        self.publish();
+        Ok(wake)
+    }
+
+    fn with_stats(&self, measure: impl FnOnce(&QueueStats)) {
+        if let Some(stats) = self.disk.stats.queue(self.index) {
+            measure(stats);
+        }
     }
 
     /// Looks for work for as long as recent sleeps suggest. Whether there is some.
@@ -213,12 +250,27 @@ impl Worker {
     /// Takes up to a batch of chains and begins them. How many there were.
     fn take(&mut self) -> usize {
         let mut took = 0;
+        let mut began = 0;
+        self.hold = None;
         while took < MAX_BATCH {
             let Some(token) = self.free.pop() else { break };
+            self.hold = self.disk.limiter.delay();
+            if self.hold.is_some() {
+                // Only what is there can be held back.
+                if !self.ring.has_more() {
+                    self.hold = None;
+                }
+                self.free.push(token);
+                break;
+            }
             match self.ring.pop() {
                 Ok(Some(chain)) => {
+                    if took == 0 {
+                        // Once for a batch: its chains were all there by now.
+                        began = self.disk.stats.now();
+                    }
                     took += 1;
-                    self.begin(token, chain);
+                    self.begin(token, chain, began);
                 }
                 Ok(None) => {
                     self.free.push(token);
@@ -247,15 +299,21 @@ impl Worker {
     }
 
     /// Begins a request; it may be over when this returns.
-    fn begin(&mut self, token: Token, chain: OwnedChain) {
+    fn begin(&mut self, token: Token, chain: OwnedChain, began: u64) {
         let request = match self.disk.parse(&chain, &self.memory) {
             Ok(request) => request,
             Err(refused) => {
                 Counters::add(&self.disk.counters.refused, 1);
+                self.disk.limiter.charge(0);
                 self.free.push(token);
+                let (kind, bytes) = (Kind::Other, 0);
+                self.measured.push(Measure { kind, bytes, began });
                 return self.finish(&chain, refused.status(), 0);
             }
         };
+        let (kind, bytes) = request.measure();
+        let measure = Measure { kind, bytes, began };
+        self.disk.limiter.charge(bytes);
         let (operation, data) = match request {
             Request::GetId => {
                 let written = chain.write_at(&self.memory, 0, &self.disk.id);
@@ -265,6 +323,7 @@ impl Worker {
                     status::IOERR
                 };
                 self.free.push(token);
+                self.measured.push(measure);
                 return self.finish(&chain, code, self.disk.id.len() as u64);
             }
             Request::Read { offset, len } => {
@@ -291,11 +350,13 @@ impl Worker {
             Some(result) => {
                 self.free.push(token);
                 let code = self.status_of(result);
+                self.measured.push(measure);
                 self.finish(&chain, code, data);
             }
             None => {
+                self.with_stats(|stats| stats.flies(token, measure));
                 if let Some(slot) = self.pending.get_mut(usize::from(token)) {
-                    *slot = Some(Pending { chain, data });
+                    *slot = Some(Pending { chain, data, measure });
                 }
             }
         }
@@ -304,8 +365,9 @@ impl Worker {
     fn status_of(&self, result: io::Result<()>) -> u8 {
         match result {
             Ok(()) => status::OK,
-            Err(_) => {
+            Err(error) => {
                 Counters::add(&self.disk.counters.host_errors, 1);
+                self.with_stats(|stats| stats.failed(&error));
                 status::IOERR
             }
         }
@@ -342,10 +404,17 @@ impl Worker {
         let mut finished = std::mem::take(&mut self.finished);
         for Finished { token, result } in finished.drain(..) {
             let slot = self.pending.get_mut(usize::from(token));
-            let Some(Pending { chain, data }) = slot.and_then(Option::take) else {
+            let Some(pending) = slot.and_then(Option::take) else {
                 continue;
             };
+            let Pending {
+                chain,
+                data,
+                measure,
+            } = pending;
             self.free.push(token);
+            self.with_stats(|stats| stats.landed(token));
+            self.measured.push(measure);
             let code = self.status_of(result);
             self.finish(&chain, code, data);
         }
@@ -356,9 +425,22 @@ impl Worker {
         Counters::add(&self.disk.counters.requests, self.done.len() as u64);
         self.ring.complete(&self.done);
         self.done.clear();
+        self.measure();
         if self.ring.should_signal() {
             Counters::add(&self.disk.counters.calls, 1);
             self.call.signal();
         }
+    }
+
+    /// Counts what was just published.
+    fn measure(&mut self) {
+        let now = self.disk.stats.now();
+        let mut measured = std::mem::take(&mut self.measured);
+        self.with_stats(|stats| {
+            for measure in measured.drain(..) {
+                stats.done(measure, now);
+            }
+        });
+        self.measured = measured;
     }
 }

@@ -15,7 +15,9 @@ pub use config::BlockOptions;
 pub use request::{RefusedRequest, Request, parse};
 
 use crate::engine::RawFile;
+use crate::limit::Limiter;
 use crate::session::{Device, QueueSetup, QueueWorker};
+use crate::stats::DeviceStats;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,6 +38,8 @@ pub(crate) struct Disk {
     pub(crate) read_only: bool,
     pub(crate) id: [u8; pv_abi::virtio::block::ID_LEN],
     pub(crate) counters: Counters,
+    pub(crate) limiter: Limiter,
+    pub(crate) stats: DeviceStats,
 }
 
 /// Counts since the device was made.
@@ -82,8 +86,20 @@ impl BlockDevice {
             id: options.id,
             file: Arc::new(file),
             counters: Counters::default(),
+            limiter: Limiter::default(),
+            stats: DeviceStats::new(options.queues),
         });
         BlockDevice { disk, options }
+    }
+
+    /// The device's limits, to be changed at any time.
+    pub fn limiter(&self) -> &Limiter {
+        &self.disk.limiter
+    }
+
+    /// Latencies, errors and connections.
+    pub fn measurements(&self) -> &DeviceStats {
+        &self.disk.stats
     }
 
     /// The counters now.

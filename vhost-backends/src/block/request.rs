@@ -3,6 +3,7 @@
 use super::Disk;
 use crate::limits::{MAX_RANGE_SECTORS, MAX_RANGES, MAX_REQUEST_BYTES};
 use crate::ring::OwnedChain;
+use crate::stats::Kind;
 use pv_abi::virtio::block::{
     ID_LEN, RANGE_UNMAP, RangeSegment, RequestHeader, SECTOR_SIZE, request, status,
 };
@@ -49,6 +50,20 @@ pub enum Request {
         /// The space may be given back.
         unmap: bool,
     },
+}
+
+impl Request {
+    /// What it counts as, in statistics and against limits.
+    pub(super) fn measure(&self) -> (Kind, u64) {
+        match *self {
+            Request::Read { len, .. } => (Kind::Read, len),
+            Request::Write { len, .. } => (Kind::Write, len),
+            Request::Flush => (Kind::Flush, 0),
+            Request::GetId => (Kind::Other, 0),
+            Request::Discard { len, .. } => (Kind::Discard, len),
+            Request::WriteZeroes { len, .. } => (Kind::WriteZeroes, len),
+        }
+    }
 }
 
 /// Why a chain is not a request, and what the driver is told.

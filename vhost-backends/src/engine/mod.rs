@@ -25,7 +25,11 @@ use crate::ring::OwnedChain;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
+
+/// How long an engine sleeps that cannot wait with a limit.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// One thing to do on a disk. Offsets and lengths of the disk are in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +108,14 @@ pub trait Engine {
     /// Hands over what was begun, and sleeps until something is over, the driver kicks, or the
     /// stop event is set. Takes what is over.
     fn wait(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake>;
+
+    /// As [`wait`](Engine::wait), for this long at most. One that cannot do it sleeps for a moment
+    /// and looks.
+    fn wait_for(&mut self, finished: &mut Vec<Finished>, limit: Duration) -> io::Result<Wake> {
+        self.submit()?;
+        std::thread::sleep(limit.min(LOOK_AGAIN));
+        self.reap(finished)
+    }
 
     /// Whether a [`reap`](Engine::reap) would find something; makes no system call.
     fn has_finished(&mut self) -> bool;

@@ -5,6 +5,7 @@ use super::{Engine, Finished, Operation, RawFile, Token, Wake, WakeSources};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -82,6 +83,12 @@ impl Engine for SyncEngine {
 
     fn wait(&mut self, _finished: &mut Vec<Finished>) -> io::Result<Wake> {
         self.sleep(-1)
+    }
+
+    fn wait_for(&mut self, _finished: &mut Vec<Finished>, limit: Duration) -> io::Result<Wake> {
+        // Rounded up, so that a wait does not end before its time.
+        let ms = limit.as_nanos().div_ceil(1_000_000);
+        self.sleep(i32::try_from(ms).unwrap_or(i32::MAX))
     }
 
     fn has_finished(&mut self) -> bool {

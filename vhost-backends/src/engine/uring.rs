@@ -15,6 +15,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 /// Entries: every operation in flight and both polls.
@@ -267,6 +268,17 @@ impl Engine for UringEngine {
 
     fn wait(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake> {
         retry(|| self.ring.submit_and_wait(1))?;
+        self.reap(finished)
+    }
+
+    fn wait_for(&mut self, finished: &mut Vec<Finished>, limit: Duration) -> io::Result<Wake> {
+        let limit = types::Timespec::from(limit);
+        let args = types::SubmitArgs::new().timespec(&limit);
+        retry(|| match self.ring.submitter().submit_with_args(1, &args) {
+            // The time is over.
+            Err(error) if error.raw_os_error() == Some(libc::ETIME) => Ok(0),
+            result => result,
+        })?;
         self.reap(finished)
     }
 
