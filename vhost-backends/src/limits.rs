@@ -42,3 +42,11 @@ pub const MAX_RATE: u64 = 1 << 50;
 pub const MAX_RATE_BURST: u64 = 1 << 50;
 /// Milliseconds after which a queue that is held back looks again: limits may have changed.
 pub const MAX_HOLD_MILLIS: u64 = 100;
+/// Sockets that a service manager may pass: one for each disk.
+pub const MAX_PASSED: i32 = MAX_DISKS as i32;
+/// Disks of one daemon; each costs a thread, its queues' threads and what its frontend sends.
+pub const MAX_DISKS: usize = 64;
+/// Bytes of one request to the statistics or control socket, with its head.
+pub const MAX_ADMIN_REQUEST: usize = 4096;
+/// Seconds that a client of these sockets has, one after the other.
+pub const ADMIN_TIMEOUT_SECS: u64 = 2;

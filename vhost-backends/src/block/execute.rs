@@ -47,7 +47,16 @@ pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn Qu
             };
             // The caller waits for this.
             let _ = started.send(Ok(()));
-            Worker::new(disk, setup.index, setup.ring, engine, memory, setup.call, setup.err).run()
+            Worker::new(
+                disk,
+                setup.index,
+                setup.ring,
+                engine,
+                memory,
+                setup.call,
+                setup.err,
+            )
+            .run()
         })?;
     outcome
         .recv()
@@ -356,7 +365,11 @@ impl Worker {
             None => {
                 self.with_stats(|stats| stats.flies(token, measure));
                 if let Some(slot) = self.pending.get_mut(usize::from(token)) {
-                    *slot = Some(Pending { chain, data, measure });
+                    *slot = Some(Pending {
+                        chain,
+                        data,
+                        measure,
+                    });
                 }
             }
         }

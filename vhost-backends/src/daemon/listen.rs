@@ -2,10 +2,11 @@
 #![allow(unsafe_code)]
 // UNSAFETY: a descriptor number from the command line becomes an owned descriptor.
 
+use crate::limits::MAX_PASSED;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -42,13 +43,73 @@ impl SocketPath {
     }
 }
 
-/// Opens what the command line named. The error is a sentence.
-pub(super) fn open(path: Option<PathBuf>, fd: Option<RawFd>) -> Result<Socket, String> {
-    match (path, fd) {
-        (Some(path), None) => listen(path),
-        (None, Some(fd)) => inherit(fd),
-        _ => Err("either --socket-path or --fd is needed".into()),
+/// First descriptor that systemd passes (sd_listen_fds(3)).
+const LISTEN_FDS_START: RawFd = 3;
+
+/// Sockets that the service manager opened for this process, and their names. Those that no disk
+/// takes stay open, unused.
+#[derive(Debug, Default)]
+pub(super) struct Passed {
+    fds: std::collections::VecDeque<(RawFd, String)>,
+}
+
+impl Passed {
+    /// As `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` say.
+    pub(super) fn from_environment() -> Result<Passed, String> {
+        let text = |name| std::env::var(name).unwrap_or_default();
+        // Meant for another process: one that started this one without cleaning up.
+        if text("LISTEN_PID").parse() != Ok(std::process::id()) {
+            return Ok(Passed::default());
+        }
+        let count = text("LISTEN_FDS");
+        let count: RawFd = count
+            .parse()
+            .ok()
+            .filter(|count| (0..=MAX_PASSED).contains(count))
+            .ok_or(format!("LISTEN_FDS is {count:?}, not 0 to {MAX_PASSED}"))?;
+        let names = text("LISTEN_FDNAMES");
+        let mut names = names.split(':');
+        let fds = (LISTEN_FDS_START..LISTEN_FDS_START + count)
+            .map(|fd| (fd, names.next().unwrap_or_default().to_owned()))
+            .collect();
+        Ok(Passed { fds })
     }
+
+    /// The one with this name, or the first.
+    fn take(&mut self, name: &str) -> Option<RawFd> {
+        let named = self.fds.iter().position(|(_, n)| n == name).unwrap_or(0);
+        self.fds.remove(named).map(|(fd, _)| fd)
+    }
+}
+
+/// Opens what the command line named for the disk `name`, or what was passed. The error is a
+/// sentence.
+pub(super) fn open(
+    path: Option<PathBuf>,
+    fd: Option<RawFd>,
+    passed: &mut Passed,
+    name: &str,
+) -> Result<Socket, String> {
+    if let Some(path) = path {
+        return listen(path);
+    }
+    match fd.or_else(|| passed.take(name)) {
+        Some(fd) => inherit(fd),
+        None => Err("either --socket-path or --fd is needed".into()),
+    }
+}
+
+/// A listening socket for the daemon's own use, for its user alone if `private`.
+pub(super) fn listen_on(path: &Path, private: bool) -> Result<(UnixListener, SocketPath), String> {
+    let Socket::Listening(listener, Some(made)) = listen(path.to_owned())? else {
+        return Err(format!("{} is not a listening socket", path.display()));
+    };
+    if private {
+        // Connecting takes the right to write to the file.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+            .map_err(|error| format!("cannot protect {}: {error}", path.display()))?;
+    }
+    Ok((listener, made))
 }
 
 fn listen(path: PathBuf) -> Result<Socket, String> {

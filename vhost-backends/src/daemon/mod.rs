@@ -1,86 +1,41 @@
-//! `pv-blkd`: a block device for any VMM, behind a socket
+//! `pv-blkd`: block devices for any VMM, behind sockets
 //! (vhost-user: backend program conventions).
 //!
 //! In comes a command line; out goes an exit code. Errors of the user are one sentence on
-//! standard error.
+//! standard error. Everything is opened first, then the sandbox is entered, then served.
 
+mod admin;
+mod cli;
 mod listen;
+mod notify;
 mod remover;
 mod signals;
 
 use crate::block::{BlockDevice, BlockOptions};
 use crate::engine::{FileOptions, RawFile};
-use crate::limits::MAX_QUEUES;
-use crate::sandbox::{Outcome, Sandbox, SandboxMode, SeccompMode, probe_all};
-use crate::session::{Server, SessionEnd};
-use clap::{Args, Parser};
-use listen::Socket;
+use crate::readiness::Event;
+use crate::sandbox::{Outcome, Sandbox, probe_all};
+use crate::session::{ConnectionEvent, Server, SessionEnd};
+use admin::Access;
+use clap::Parser;
+use cli::{Cli, OneDisk};
+use listen::{Passed, Socket, SocketPath};
+use notify::Notify;
 use remover::Remover;
 use std::ffi::OsString;
-use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 
-/// Serves a disk image as a vhost-user block device.
-#[derive(Debug, Parser)]
-#[command(
-    name = "pv-blkd",
-    version,
-    after_help = "\
-Listens on --socket-path and serves one VMM after the other until SIGTERM. With --fd, a listening \
-socket is used the same way; a connected one is served until its peer hangs up."
-)]
-struct Cli {
-    #[command(flatten)]
-    socket: SocketArgs,
-    /// The disk image: a raw file or a block device.
-    #[arg(
-        long,
-        value_name = "PATH",
-        required_unless_present_any = ["print_capabilities", "self_test"]
-    )]
-    blk_file: Option<PathBuf>,
-    /// Refuse writes, and tell the guest so.
-    #[arg(long)]
-    read_only: bool,
-    /// Past the host's page cache (O_DIRECT).
-    #[arg(long)]
-    direct: bool,
-    /// Queues, each with a thread of its own.
-    #[arg(long, value_name = "N", default_value_t = 1,
-          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
-    num_queues: u16,
-    /// Confinement once everything is open: namespaces, capabilities, no_new_privs, Landlock.
-    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
-    sandbox: SandboxMode,
-    /// System calls that serving does not need: end the process, or only log them.
-    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
-    seccomp: SeccompMode,
-    /// Try what the sandbox must refuse, print what happened, and exit.
-    #[arg(long)]
-    self_test: bool,
-    /// Log what is in force and who connects, not only what goes wrong.
-    #[arg(long, short)]
-    verbose: bool,
-    /// Print what this program can do, as JSON, and exit.
-    #[arg(long, exclusive = true)]
-    print_capabilities: bool,
+/// A disk that is served.
+struct Served {
+    name: String,
+    device: Arc<BlockDevice>,
 }
 
-#[derive(Args, Debug)]
-#[group(multiple = false)]
-struct SocketArgs {
-    /// Make and listen on this socket.
-    #[arg(long, value_name = "PATH")]
-    socket_path: Option<PathBuf>,
-    /// Use this inherited socket, listening or connected.
-    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
-    fd: Option<RawFd>,
-}
-
-/// Runs `pv-blkd` with this command line, the program's name first. Takes the calling thread,
-/// and the process's SIGTERM and SIGINT, until the end.
+/// Runs `pv-blkd` with this command line, the program's name first. Takes the calling thread, the
+/// process's panic hook, SIGTERM and SIGINT, and confines the process for good.
 ///
 /// A program that embeds this calls it as early as possible, while it has one thread.
 pub fn pv_blkd_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -109,14 +64,10 @@ pub fn pv_blkd_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         .try_init();
     // The default hook may read debug information, for which there are no paths in the sandbox.
     std::panic::set_hook(Box::new(|info| tracing::error!("bug: {info}")));
-    let sandbox = Sandbox {
-        mode: cli.sandbox,
-        seccomp: cli.seccomp,
-    };
     let outcome = if cli.self_test {
-        self_test(sandbox)
+        self_test(cli.sandbox())
     } else {
-        run(cli, sandbox)
+        run(&cli)
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -145,46 +96,75 @@ fn self_test(sandbox: Sandbox) -> Result<(), String> {
     }
 }
 
-fn run(cli: Cli, sandbox: Sandbox) -> Result<(), String> {
-    let path = cli
-        .blk_file
-        .ok_or("--blk-file is needed: which disk image to serve")?;
-    if cli.socket.socket_path.is_none() && cli.socket.fd.is_none() {
-        return Err("either --socket-path or --fd is needed".into());
-    }
-    let options = FileOptions {
-        read_only: cli.read_only,
-        direct: cli.direct,
-    };
-    let file = RawFile::open(&path, options)
-        .map_err(|error| format!("cannot open the disk image {}: {error}", path.display()))?;
-    let device = Arc::new(BlockDevice::new(
-        file,
-        BlockOptions::with_queues(cli.num_queues),
-    ));
+fn run(cli: &Cli) -> Result<(), String> {
+    let disks = cli.disks()?;
     let stop = signals::stop_on_term()
         .map_err(|error| format!("cannot take over SIGTERM and SIGINT: {error}"))?;
-    let server = Server::new(device, stop);
-    let socket = listen::open(cli.socket.socket_path, cli.socket.fd)?;
-    let made = match &socket {
-        Socket::Listening(_, path) => path.clone(),
-        Socket::Connected(_) => None,
-    };
-    // Removes the socket when this function returns.
-    let _remover = Remover::start(made.as_slice())
-        .map_err(|error| format!("cannot start a process: {error}"))?;
-    confine(sandbox)?;
-    match socket {
-        Socket::Connected(stream) => match server.serve(stream) {
-            SessionEnd::HangUp | SessionEnd::Stopped => Ok(()),
-            SessionEnd::Broken => {
-                Err("the connection broke: the peer does not speak vhost-user".into())
+    let mut passed = Passed::from_environment()?;
+    let mut served = Vec::new();
+    let mut sockets = Vec::new();
+    let mut made = Vec::new();
+    let opened = (|| {
+        for (name, disk) in disks {
+            let device = Arc::new(open_disk(&name, &disk)?);
+            let socket = listen::open(disk.socket.socket_path, disk.socket.fd, &mut passed, &name)?;
+            if let Socket::Listening(_, Some(path)) = &socket {
+                made.push(path.clone());
             }
-        },
-        Socket::Listening(listener, _) => server
-            .run(&listener)
-            .map_err(|error| format!("the socket failed: {error}")),
+            sockets.push(socket);
+            served.push(Served { name, device });
+        }
+        let mut admin = Vec::new();
+        for (path, access) in [
+            (&cli.stats_socket, Access::Statistics),
+            (&cli.control_socket, Access::Control),
+        ] {
+            if let Some(path) = path {
+                let (listener, path) = listen::listen_on(path, access == Access::Control)?;
+                made.push(path);
+                admin.push((listener, access));
+            }
+        }
+        Ok::<_, String>((admin, Notify::from_environment()?))
+    })();
+    let (admin, notify) = match opened {
+        Ok(opened) => opened,
+        Err(sentence) => {
+            made.iter().for_each(SocketPath::remove);
+            return Err(sentence);
+        }
+    };
+    // Removes the sockets when this function returns.
+    let _remover =
+        Remover::start(&made).map_err(|error| format!("cannot start a process: {error}"))?;
+    confine(cli.sandbox())?;
+    let outcome = serve(&served, sockets, &admin, &stop, &notify);
+    notify.stopping();
+    outcome
+}
+
+fn open_disk(name: &str, disk: &OneDisk) -> Result<BlockDevice, String> {
+    let path = disk
+        .blk_file
+        .as_ref()
+        .ok_or("--blk-file is needed: which disk image to serve")?;
+    let limits = disk.limits()?;
+    let options = FileOptions {
+        read_only: disk.read_only,
+        direct: disk.direct,
+    };
+    let file = RawFile::open(path, options)
+        .map_err(|error| format!("cannot open the disk image {}: {error}", path.display()))?;
+    let mut block = BlockOptions::with_queues(disk.num_queues);
+    if disk.id.is_some() {
+        block.id.fill(0);
+        for (to, from) in block.id.iter_mut().zip(name.bytes()) {
+            *to = from;
+        }
     }
+    let device = BlockDevice::new(file, block);
+    device.limiter().set(limits);
+    Ok(device)
 }
 
 fn confine(sandbox: Sandbox) -> Result<(), String> {
@@ -198,4 +178,94 @@ fn confine(sandbox: Sandbox) -> Result<(), String> {
     }
     tracing::info!("sandbox: {report}");
     Ok(())
+}
+
+/// Serves all disks until the last is over. The error is that of the first disk that failed.
+fn serve(
+    served: &[Served],
+    sockets: Vec<Socket>,
+    admin: &[(std::os::unix::net::UnixListener, Access)],
+    stop: &OwnedFd,
+    notify: &Notify,
+) -> Result<(), String> {
+    let cannot = |error: std::io::Error| format!("cannot start a thread: {error}");
+    let admin_stop = Event::new().map_err(cannot)?;
+    thread::scope(|scope| {
+        // No thread serves before all of them are there: dropped, `go` lets them end at once.
+        let mut go = Vec::new();
+        let start = || {
+            let mut disks = Vec::new();
+            for (disk, socket) in served.iter().zip(sockets) {
+                let (sender, started) = mpsc::channel::<()>();
+                let server = server(disk, stop.try_clone()?);
+                let thread = thread::Builder::new().name(disk.name.clone());
+                disks.push(thread.spawn_scoped(scope, move || match started.recv() {
+                    Ok(()) => serve_disk(&server, socket),
+                    Err(_) => Ok(()),
+                })?);
+                go.push(sender);
+            }
+            for (listener, access) in admin {
+                let stop = &admin_stop;
+                thread::Builder::new()
+                    .name("admin".into())
+                    .spawn_scoped(scope, move || {
+                        admin::serve(listener, *access, served, stop);
+                    })?;
+            }
+            Ok(disks)
+        };
+        let disks = start().map_err(|error| {
+            admin_stop.set();
+            cannot(error)
+        })?;
+        for sender in go {
+            // Its thread waits for this.
+            let _ = sender.send(());
+        }
+        notify.ready(served.len());
+        let mut outcome = Ok(());
+        for (thread, disk) in disks.into_iter().zip(served) {
+            let end = match thread.join() {
+                Ok(end) => end,
+                Err(_) => Err("its thread ended by a bug".into()),
+            };
+            outcome = outcome.and(end.map_err(|sentence| match served.len() {
+                1 => sentence,
+                _ => format!("{}: {sentence}", disk.name),
+            }));
+        }
+        admin_stop.set();
+        outcome
+    })
+}
+
+fn server(disk: &Served, stop: OwnedFd) -> Server {
+    let (device, name) = (Arc::clone(&disk.device), disk.name.clone());
+    let watch = move |event| match event {
+        ConnectionEvent::Connected => {
+            device.measurements().connected();
+            tracing::info!(disk = name, "a frontend connected");
+        }
+        ConnectionEvent::Ended(end) => {
+            let broken = end == SessionEnd::Broken;
+            device.measurements().disconnected(broken);
+            tracing::info!(disk = name, ?end, "the connection ended");
+        }
+    };
+    Server::new(disk.device.clone(), stop).watched(watch)
+}
+
+fn serve_disk(server: &Server, socket: Socket) -> Result<(), String> {
+    match socket {
+        Socket::Connected(stream) => match server.serve(stream) {
+            SessionEnd::HangUp | SessionEnd::Stopped => Ok(()),
+            SessionEnd::Broken => {
+                Err("the connection broke: the peer does not speak vhost-user".into())
+            }
+        },
+        Socket::Listening(listener, _) => server
+            .run(&listener)
+            .map_err(|error| format!("the socket failed: {error}")),
+    }
 }

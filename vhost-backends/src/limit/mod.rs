@@ -92,7 +92,8 @@ impl Limiter {
     pub fn set(&self, limits: Limits) {
         let now = self.now();
         self.requests.set(limits.iops, limits.iops_burst, now);
-        self.bytes.set(limits.bandwidth, limits.bandwidth_burst, now);
+        self.bytes
+            .set(limits.bandwidth, limits.bandwidth_burst, now);
     }
 
     /// The limits now.
@@ -167,12 +168,17 @@ impl Bucket {
         if rate == 0 {
             return 0;
         }
-        let whole = nanos(self.burst.load(Ordering::Relaxed), rate);
+        // Centuries at most, so that a debt can be greater than any burst.
+        let whole = nanos(self.burst.load(Ordering::Relaxed), rate).min(u64::MAX / 2);
         // Empty when filling it takes the whole of a burst's time.
         let full_at = self.full_at.load(Ordering::Relaxed);
         let to_fill = full_at.saturating_sub(now);
         // Rounded up: a wait that ends a nanosecond early is a wait too many.
-        if to_fill < whole { 0 } else { to_fill - whole + 1 }
+        if to_fill < whole {
+            0
+        } else {
+            to_fill - whole + 1
+        }
     }
 
     fn charge(&self, units: u64, now: u64) {

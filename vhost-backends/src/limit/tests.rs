@@ -6,7 +6,11 @@ fn run(bucket: &Bucket, demand: u64, units: u64) -> u64 {
     let mut now = 0;
     for _ in 0..demand {
         now += bucket.delay(now);
-        assert_eq!(bucket.delay(now), 0, "the wait that was asked for is enough");
+        assert_eq!(
+            bucket.delay(now),
+            0,
+            "the wait that was asked for is enough"
+        );
         bucket.charge(units, now);
     }
     now
@@ -52,17 +56,34 @@ fn each_of_the_two_limits_holds_back() {
     };
     let none = Limits::default();
     assert!(slow(Limits { iops: 1, ..none }));
-    assert!(slow(Limits { bandwidth: 1024, ..none }));
-    assert!(!slow(Limits { bandwidth: 1024, bandwidth_burst: 1 << 20, ..none }));
-    assert!(!slow(Limits { iops: 1_000_000, iops_burst: 100, ..none }));
+    assert!(slow(Limits {
+        bandwidth: 1024,
+        ..none
+    }));
+    assert!(!slow(Limits {
+        bandwidth: 1024,
+        bandwidth_burst: 1 << 20,
+        ..none
+    }));
+    assert!(!slow(Limits {
+        iops: 1_000_000,
+        iops_burst: 100,
+        ..none
+    }));
 }
 
 #[test]
 fn a_change_forgets_the_debt_and_takes_effect() {
-    let limiter = Limiter::new(Limits { bandwidth: 1, ..Limits::default() });
+    let limiter = Limiter::new(Limits {
+        bandwidth: 1,
+        ..Limits::default()
+    });
     limiter.charge(1 << 30);
     assert!(limiter.delay().unwrap() > Duration::from_secs(1_000_000));
-    limiter.set(Limits { bandwidth: 1 << 20, ..Limits::default() });
+    limiter.set(Limits {
+        bandwidth: 1 << 20,
+        ..Limits::default()
+    });
     assert_eq!(limiter.delay(), None);
     limiter.charge(1 << 30);
     limiter.set(Limits::default());
@@ -78,16 +99,30 @@ fn extremes_do_not_overflow() {
         bandwidth_burst: MAX_RATE_BURST,
     };
     assert_eq!(most.check(), Ok(most));
-    let over = Limits { iops: MAX_RATE + 1, ..most };
+    let over = Limits {
+        iops: MAX_RATE + 1,
+        ..most
+    };
     assert_eq!(over.check().unwrap_err().name, "iops");
-    let over = Limits { bandwidth_burst: MAX_RATE_BURST + 1, ..most };
+    let over = Limits {
+        bandwidth_burst: MAX_RATE_BURST + 1,
+        ..most
+    };
     assert_eq!(over.check().unwrap_err().name, "bandwidth-burst");
-    let limiter = Limiter::new(Limits { iops: u64::MAX, bandwidth: u64::MAX, ..most });
+    let limiter = Limiter::new(Limits {
+        iops: u64::MAX,
+        bandwidth: u64::MAX,
+        ..most
+    });
     assert_eq!(limiter.get().iops, MAX_RATE);
     for _ in 0..100 {
         limiter.charge(u64::MAX);
     }
-    limiter.set(Limits { bandwidth: 1, bandwidth_burst: u64::MAX, ..most });
+    limiter.set(Limits {
+        bandwidth: 1,
+        bandwidth_burst: u64::MAX,
+        ..most
+    });
     limiter.charge(u64::MAX);
     limiter.charge(u64::MAX);
     // A debt that is never paid is a long wait, not a short one.

@@ -21,11 +21,23 @@ pub enum SessionEnd {
     Broken,
 }
 
+/// What a server tells about its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectionEvent {
+    /// A frontend is there.
+    Connected,
+    /// Its connection is over, and everything is drained.
+    Ended(SessionEnd),
+}
+
+type Watch = dyn Fn(ConnectionEvent) + Send + Sync;
+
 /// Serves one device to one frontend after the other.
 #[derive(Clone)]
 pub struct Server {
     device: Arc<dyn Device>,
     stop: Arc<OwnedFd>,
+    watch: Option<Arc<Watch>>,
 }
 
 impl std::fmt::Debug for Server {
@@ -38,12 +50,35 @@ impl Server {
     /// A server of `device` that ends when `stop` becomes readable.
     pub fn new(device: Arc<dyn Device>, stop: OwnedFd) -> Server {
         let stop = Arc::new(stop);
-        Server { device, stop }
+        Server {
+            device,
+            stop,
+            watch: None,
+        }
+    }
+
+    /// Calls `watch` at the start and the end of each connection, from the thread that serves.
+    pub fn watched(mut self, watch: impl Fn(ConnectionEvent) + Send + Sync + 'static) -> Server {
+        self.watch = Some(Arc::new(watch));
+        self
     }
 
     /// Serves one connection. When this returns, all I/O is drained and every descriptor that
     /// came over the connection is closed.
     pub fn serve(&self, stream: UnixStream) -> SessionEnd {
+        self.tell(ConnectionEvent::Connected);
+        let end = self.serve_one(stream);
+        self.tell(ConnectionEvent::Ended(end));
+        end
+    }
+
+    fn tell(&self, event: ConnectionEvent) {
+        if let Some(watch) = &self.watch {
+            watch(event);
+        }
+    }
+
+    fn serve_one(&self, stream: UnixStream) -> SessionEnd {
         let mut channel = Channel::new(stream, self.stop.as_fd());
         let mut session = Session::new(&*self.device);
         let end = session.serve(&mut channel);

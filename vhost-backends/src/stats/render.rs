@@ -14,7 +14,10 @@ pub fn json(disks: &[DiskReport]) -> String {
 /// an escape.
 pub fn prometheus(disks: &[DiskReport]) -> String {
     let mut out = String::new();
-    let mut page = Page { out: &mut out, disks };
+    let mut page = Page {
+        out: &mut out,
+        disks,
+    };
     page.head("pv_blk_info", "gauge", "Version of the program.");
     page.line(format_args!(
         "pv_blk_info{{version=\"{}\"}} 1",
@@ -175,9 +178,12 @@ impl Page<'_> {
     }
 
     fn limits(&mut self) {
-        self.each("limit_iops", "gauge", "Requests per second, 0 is any.", |d| {
-            d.limits.iops as f64
-        });
+        self.each(
+            "limit_iops",
+            "gauge",
+            "Requests per second, 0 is any.",
+            |d| d.limits.iops as f64,
+        );
         self.each(
             "limit_bytes_per_second",
             "gauge",

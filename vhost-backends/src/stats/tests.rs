@@ -21,12 +21,28 @@ fn buckets_are_powers_of_two_with_closed_upper_bounds() {
 #[test]
 fn sums_over_queues_and_names_kinds_and_errors() {
     let stats = DeviceStats::new(2);
-    for (queue, kind, took) in [(0, Kind::Read, 900), (1, Kind::Read, 3000), (1, Kind::Write, 1)] {
-        stats.queue(queue).unwrap().done(measure(kind, 4096, 100), 100 + took);
+    for (queue, kind, took) in [
+        (0, Kind::Read, 900),
+        (1, Kind::Read, 3000),
+        (1, Kind::Write, 1),
+    ] {
+        stats
+            .queue(queue)
+            .unwrap()
+            .done(measure(kind, 4096, 100), 100 + took);
     }
-    stats.queue(0).unwrap().failed(&io::Error::from_raw_os_error(libc::ENOSPC));
-    stats.queue(1).unwrap().failed(&io::Error::from_raw_os_error(libc::EIO));
-    stats.queue(1).unwrap().failed(&io::ErrorKind::UnexpectedEof.into());
+    stats
+        .queue(0)
+        .unwrap()
+        .failed(&io::Error::from_raw_os_error(libc::ENOSPC));
+    stats
+        .queue(1)
+        .unwrap()
+        .failed(&io::Error::from_raw_os_error(libc::EIO));
+    stats
+        .queue(1)
+        .unwrap()
+        .failed(&io::ErrorKind::UnexpectedEof.into());
     assert!(stats.queue(2).is_none());
     let snapshot = stats.snapshot();
     let read = &snapshot.operations[Kind::Read as usize];
@@ -75,10 +91,16 @@ fn connections_and_reconnects() {
 
 fn report() -> DiskReport {
     let stats = DeviceStats::new(2);
-    stats.queue(1).unwrap().done(measure(Kind::Write, 512, 0), 5000);
+    stats
+        .queue(1)
+        .unwrap()
+        .done(measure(Kind::Write, 512, 0), 5000);
     DiskReport {
         disk: "root".into(),
-        limits: Limits { iops: 100, ..Limits::default() },
+        limits: Limits {
+            iops: 100,
+            ..Limits::default()
+        },
         refused: 3,
         retired_rings: 0,
         calls: 1,
@@ -89,12 +111,21 @@ fn report() -> DiskReport {
 
 #[test]
 fn prometheus_text_is_well_formed() {
-    let text = prometheus(&[report(), DiskReport { disk: "data".into(), ..report() }]);
+    let text = prometheus(&[
+        report(),
+        DiskReport {
+            disk: "data".into(),
+            ..report()
+        },
+    ]);
     let mut typed = std::collections::HashSet::new();
     let mut seen = std::collections::HashSet::new();
     for line in text.lines() {
         if let Some(rest) = line.strip_prefix("# TYPE ") {
-            assert!(typed.insert(rest.split(' ').next().unwrap().to_owned()), "{line}");
+            assert!(
+                typed.insert(rest.split(' ').next().unwrap().to_owned()),
+                "{line}"
+            );
         } else if !line.starts_with('#') {
             let (series, value) = line.rsplit_once(' ').unwrap();
             assert!(value.parse::<f64>().is_ok(), "{line}");

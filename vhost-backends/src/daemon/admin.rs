@@ -1,0 +1,220 @@
+//! The statistics and control sockets: HTTP/1.0 in its smallest form, one client after the other.
+//!
+//! | request | on | answer |
+//! |---|---|---|
+//! | `GET /metrics` | both | Prometheus text |
+//! | `GET /stats` | both | the same as JSON |
+//! | `PUT /disks/NAME/limits` | control | sets all limits of a disk; the body is JSON |
+//!
+//! In come bytes of anybody who may connect; nothing of them is kept beyond the answer. A client
+//! that is slow is left after [`ADMIN_TIMEOUT_SECS`], one that asks for much is refused at
+//! [`MAX_ADMIN_REQUEST`].
+
+use super::Served;
+use crate::limit::Limits;
+use crate::limits::{ADMIN_TIMEOUT_SECS, MAX_ADMIN_REQUEST};
+use crate::readiness::{Event, Interest, wait};
+use crate::stats::{DiskReport, json, prometheus};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+/// What a socket's clients may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Look.
+    Statistics,
+    /// Look and change.
+    Control,
+}
+
+struct Answer {
+    status: &'static str,
+    kind: &'static str,
+    body: String,
+}
+
+/// Answers clients until `stop` is set.
+pub(super) fn serve(listener: &UnixListener, access: Access, disks: &[Served], stop: &Event) {
+    if listener.set_nonblocking(true).is_err() {
+        return;
+    }
+    loop {
+        let ready = wait(
+            [
+                (stop.as_fd(), Interest::Read),
+                (listener.as_fd(), Interest::Read),
+            ],
+            None,
+        );
+        match ready {
+            Ok([false, _]) => {}
+            Ok([true, _]) | Err(_) => return,
+        }
+        if let Ok((stream, _)) = listener.accept() {
+            // A client that goes away or stalls has itself to blame.
+            let _ = converse(&stream, access, disks, stop);
+        } else {
+            // Out of descriptors, most likely: not as fast as the CPU allows.
+            let _ = wait(
+                [(stop.as_fd(), Interest::Read)],
+                Some(Duration::from_millis(50)),
+            );
+        }
+    }
+}
+
+fn converse(stream: &UnixStream, access: Access, disks: &[Served], stop: &Event) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    let deadline = Instant::now() + Duration::from_secs(ADMIN_TIMEOUT_SECS);
+    let answer = match receive(stream, stop, deadline)? {
+        Some(request) => answer(&request, access, disks),
+        None => text("413 Content Too Large", "the request is too long"),
+    };
+    let Answer { status, kind, body } = answer;
+    let head = format!(
+        "HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\
+         Connection: close\r\n\r\n",
+        body.len()
+    );
+    let bytes = [head.as_bytes(), body.as_bytes()].concat();
+    let mut rest = bytes.as_slice();
+    while !rest.is_empty() {
+        match (&mut &*stream).write(rest) {
+            Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+            Err(error) => pause(error, stream, stop, Interest::Write, deadline)?,
+        }
+    }
+    Ok(())
+}
+
+/// Head and body; `None`: too long.
+fn receive(stream: &UnixStream, stop: &Event, deadline: Instant) -> io::Result<Option<String>> {
+    let mut bytes = Vec::new();
+    loop {
+        if let Some(end) = end_of(&bytes) {
+            if end > MAX_ADMIN_REQUEST {
+                return Ok(None);
+            }
+            if bytes.len() >= end {
+                bytes.truncate(end);
+                return Ok(Some(String::from_utf8_lossy(&bytes).into_owned()));
+            }
+        } else if bytes.len() >= MAX_ADMIN_REQUEST {
+            return Ok(None);
+        }
+        let mut part = [0; 1024];
+        match (&mut &*stream).read(&mut part) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => bytes.extend(part.get(..n).unwrap_or_default()),
+            Err(error) => pause(error, stream, stop, Interest::Read, deadline)?,
+        }
+    }
+}
+
+/// Where the request ends, once its head is there.
+fn end_of(bytes: &[u8]) -> Option<usize> {
+    let head = bytes.windows(4).position(|four| four == b"\r\n\r\n")? + 4;
+    let text = String::from_utf8_lossy(bytes.get(..head)?);
+    let body: usize = text
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
+        // A number that is none is too long.
+        .map_or(0, |(_, value)| value.trim().parse().unwrap_or(usize::MAX));
+    Some(head.saturating_add(body))
+}
+
+fn pause(
+    error: io::Error,
+    stream: &UnixStream,
+    stop: &Event,
+    interest: Interest,
+    deadline: Instant,
+) -> io::Result<()> {
+    match error.kind() {
+        io::ErrorKind::Interrupted => return Ok(()),
+        io::ErrorKind::WouldBlock => {}
+        _ => return Err(error),
+    }
+    let left = deadline.saturating_duration_since(Instant::now());
+    match wait(
+        [(stop.as_fd(), Interest::Read), (stream.as_fd(), interest)],
+        Some(left),
+    )? {
+        [false, true] => Ok(()),
+        _ => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+fn answer(request: &str, access: Access, disks: &[Served]) -> Answer {
+    let (head, body) = request.split_once("\r\n\r\n").unwrap_or((request, ""));
+    let mut words = head.lines().next().unwrap_or_default().split(' ');
+    let (method, target) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+    let path: Vec<&str> = target.split('/').skip(1).collect();
+    match (method, path.as_slice()) {
+        ("GET", ["metrics"]) => Answer {
+            status: "200 OK",
+            kind: "text/plain; version=0.0.4",
+            body: prometheus(&reports(disks)),
+        },
+        ("GET", ["stats"]) => Answer {
+            status: "200 OK",
+            kind: "application/json",
+            body: json(&reports(disks)),
+        },
+        ("PUT", ["disks", name, "limits"]) if access == Access::Control => {
+            set_limits(disks, name, body)
+        }
+        ("PUT", ["disks", _, "limits"]) => text(
+            "403 Forbidden",
+            "this socket changes nothing; use --control-socket",
+        ),
+        _ => text(
+            "404 Not Found",
+            "GET /metrics, GET /stats, PUT /disks/NAME/limits",
+        ),
+    }
+}
+
+fn set_limits(disks: &[Served], name: &str, body: &str) -> Answer {
+    let Some(disk) = disks.iter().find(|disk| disk.name == name) else {
+        return text("404 Not Found", "no disk has this name");
+    };
+    let limits = serde_json::from_str::<Limits>(body)
+        .map_err(|error| error.to_string())
+        .and_then(|limits| limits.check().map_err(|error| error.to_string()));
+    match limits {
+        Ok(limits) => {
+            disk.device.limiter().set(limits);
+            tracing::info!(disk = name, ?limits, "limits changed");
+            text("200 OK", "done")
+        }
+        Err(reason) => text("400 Bad Request", &reason),
+    }
+}
+
+fn text(status: &'static str, body: &str) -> Answer {
+    Answer {
+        status,
+        kind: "text/plain",
+        body: format!("{body}\n"),
+    }
+}
+
+fn reports(disks: &[Served]) -> Vec<DiskReport> {
+    let report = |disk: &Served| {
+        let stats = disk.device.stats();
+        DiskReport {
+            disk: disk.name.clone(),
+            limits: disk.device.limiter().get(),
+            refused: stats.refused,
+            retired_rings: stats.retired,
+            calls: stats.calls,
+            wakes: stats.wakes,
+            snapshot: disk.device.measurements().snapshot(),
+        }
+    };
+    disks.iter().map(report).collect()
+}

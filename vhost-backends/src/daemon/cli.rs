@@ -1,0 +1,278 @@
+//! The command line. One disk has flags; several have `--disk`, whose keys are the same flags.
+
+use crate::limit::Limits;
+use crate::limits::{MAX_DISKS, MAX_QUEUES};
+use crate::sandbox::{Sandbox, SandboxMode, SeccompMode};
+use clap::{ArgAction, Args, CommandFactory, Parser};
+use pv_abi::virtio::block::ID_LEN;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+/// Serves disk images as vhost-user block devices.
+#[derive(Debug, Parser)]
+#[command(
+    name = "pv-blkd",
+    version,
+    after_help = "\
+Listens on --socket-path and serves one VMM after the other until SIGTERM. With --fd, a listening \
+socket is used the same way; a connected one is served until its peer hangs up. Sockets passed by \
+a service manager (LISTEN_FDS) are taken by disks that name none, in order or by --id.
+
+Several disks: --disk socket=a.sock,file=a.img --disk socket=b.sock,file=b.img,read-only=on. Keys \
+are the flags above without dashes in front; socket and file are short for socket-path and \
+blk-file. A comma within a value is written twice."
+)]
+pub(super) struct Cli {
+    #[command(flatten)]
+    pub(super) one: OneDisk,
+    /// One of several disks: KEY=VALUE,...
+    #[arg(long, value_name = "KEYS")]
+    disk: Vec<String>,
+    /// Answer GET /metrics (Prometheus) and GET /stats (JSON) here, over HTTP.
+    #[arg(long, value_name = "PATH")]
+    pub(super) stats_socket: Option<PathBuf>,
+    /// The same, and PUT /disks/NAME/limits, for this user alone.
+    #[arg(long, value_name = "PATH")]
+    pub(super) control_socket: Option<PathBuf>,
+    /// Confinement once everything is open: namespaces, capabilities, no_new_privs, Landlock.
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    sandbox: SandboxMode,
+    /// System calls that serving does not need: end the process, or only log them.
+    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
+    seccomp: SeccompMode,
+    /// Try what the sandbox must refuse, print what happened, and exit.
+    #[arg(long)]
+    pub(super) self_test: bool,
+    /// Log what is in force and who connects, not only what goes wrong.
+    #[arg(long, short)]
+    pub(super) verbose: bool,
+    /// Print what this program can do, as JSON, and exit.
+    #[arg(long, exclusive = true)]
+    pub(super) print_capabilities: bool,
+}
+
+/// One disk: what it is, how it is reached, what it may do.
+#[derive(Args, Clone, Debug)]
+pub(super) struct OneDisk {
+    #[command(flatten)]
+    pub(super) socket: SocketArgs,
+    /// The disk image: a raw file or a block device.
+    #[arg(long, value_name = "PATH")]
+    pub(super) blk_file: Option<PathBuf>,
+    /// Refuse writes, and tell the guest so.
+    #[arg(long)]
+    pub(super) read_only: bool,
+    /// Past the host's page cache (O_DIRECT).
+    #[arg(long)]
+    pub(super) direct: bool,
+    /// Queues, each with a thread of its own.
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    pub(super) num_queues: u16,
+    /// The disk's name: for the guest, in statistics, and among passed sockets.
+    #[arg(long, value_name = "NAME", value_parser = parse_id)]
+    pub(super) id: Option<String>,
+    /// Requests per second; 0 is no limit.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    iops: u64,
+    /// Requests at once after a pause; a tenth of a second's if not given.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    iops_burst: u64,
+    /// Bytes per second (K, M, G); 0 is no limit.
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = parse_bytes)]
+    bandwidth: u64,
+    /// Bytes at once after a pause; a tenth of a second's if not given.
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = parse_bytes)]
+    bandwidth_burst: u64,
+}
+
+/// How a disk is reached.
+#[derive(Args, Clone, Debug)]
+#[group(multiple = false)]
+pub(super) struct SocketArgs {
+    /// Make and listen on this socket.
+    #[arg(long, value_name = "PATH")]
+    pub(super) socket_path: Option<PathBuf>,
+    /// Use this inherited socket, listening or connected.
+    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
+    pub(super) fd: Option<RawFd>,
+}
+
+/// The keys of `--disk`, as a command line of their own.
+#[derive(Debug, Parser)]
+#[command(name = "--disk", disable_help_flag = true)]
+struct Keys {
+    #[command(flatten)]
+    one: OneDisk,
+}
+
+impl OneDisk {
+    pub(super) fn limits(&self) -> Result<Limits, String> {
+        Limits {
+            iops: self.iops,
+            iops_burst: self.iops_burst,
+            bandwidth: self.bandwidth,
+            bandwidth_burst: self.bandwidth_burst,
+        }
+        .check()
+        .map_err(|error| format!("--{error}"))
+    }
+}
+
+impl Cli {
+    pub(super) fn sandbox(&self) -> Sandbox {
+        Sandbox {
+            mode: self.sandbox,
+            seccomp: self.seccomp,
+        }
+    }
+
+    /// The disks, each with its name. The error is a sentence.
+    pub(super) fn disks(&self) -> Result<Vec<(String, OneDisk)>, String> {
+        let disks = if self.disk.is_empty() {
+            vec![self.one.clone()]
+        } else if self.one.blk_file.is_some()
+            || self.one.socket.fd.is_some()
+            || self.one.socket.socket_path.is_some()
+        {
+            return Err(
+                "--disk names everything about a disk; --blk-file, --socket-path and --fd \
+                        are for a single one"
+                    .into(),
+            );
+        } else {
+            self.disk
+                .iter()
+                .map(|text| parse_keys(text).map_err(|reason| format!("--disk {text}: {reason}")))
+                .collect::<Result<_, _>>()?
+        };
+        if disks.len() > MAX_DISKS {
+            return Err(format!("{} disks are more than {MAX_DISKS}", disks.len()));
+        }
+        let mut named = Vec::<(String, OneDisk)>::new();
+        for (index, disk) in disks.into_iter().enumerate() {
+            let name = disk.id.clone().unwrap_or(format!("disk{index}"));
+            if named.iter().any(|(other, _)| *other == name) {
+                return Err(format!("two disks have the name {name}"));
+            }
+            named.push((name, disk));
+        }
+        Ok(named)
+    }
+}
+
+fn parse_keys(text: &str) -> Result<OneDisk, String> {
+    let command = Keys::command();
+    let mut line = vec!["--disk".to_owned()];
+    for pair in split(text) {
+        let (key, value) = pair.split_once('=').unwrap_or((&pair, "on"));
+        let long = match key {
+            "socket" => "socket-path",
+            "file" => "blk-file",
+            key => key,
+        };
+        let known = command.get_arguments().find(|a| a.get_long() == Some(long));
+        let known = known.ok_or(format!("there is no key {key:?}"))?;
+        match (known.get_action(), value) {
+            (ArgAction::SetTrue, "on" | "true" | "yes") => line.push(format!("--{long}")),
+            (ArgAction::SetTrue, "off" | "false" | "no") => {}
+            (ArgAction::SetTrue, _) => return Err(format!("{key} is neither on nor off")),
+            _ => line.push(format!("--{long}={value}")),
+        }
+    }
+    match Keys::try_parse_from(line) {
+        Ok(keys) => Ok(keys.one),
+        Err(error) => {
+            let shown = error.to_string();
+            let first = shown.lines().next().unwrap_or_default();
+            Err(first.trim_start_matches("error: ").to_owned())
+        }
+    }
+}
+
+/// At commas, but not at double ones, which stand for one.
+fn split(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut letters = text.chars().peekable();
+    while let Some(letter) = letters.next() {
+        if letter == ',' && letters.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+        } else if let Some(last) = parts.last_mut() {
+            last.push(letter);
+        }
+    }
+    parts
+}
+
+fn parse_id(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if text.is_empty() || text.len() > ID_LEN || !text.chars().all(plain) {
+        return Err(format!(
+            "1 to {ID_LEN} letters, digits, -, _ and . are a name"
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (number, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (text.get(..at), 10),
+        Some((at, 'm' | 'M')) => (text.get(..at), 20),
+        Some((at, 'g' | 'G')) => (text.get(..at), 30),
+        _ => (Some(text), 0),
+    };
+    number
+        .and_then(|number| number.parse::<u64>().ok())
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or("not a number of bytes, as 4096, 64K, 10M or 1G".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_flags() {
+        let disk = parse_keys("socket=a,,b.sock,file=x.img,read-only=on,num-queues=4,bandwidth=2M")
+            .unwrap();
+        assert_eq!(disk.socket.socket_path.unwrap().to_str(), Some("a,b.sock"));
+        assert_eq!(disk.blk_file.unwrap().to_str(), Some("x.img"));
+        assert_eq!((disk.read_only, disk.direct), (true, false));
+        assert_eq!((disk.num_queues, disk.bandwidth), (4, 2 << 20));
+        assert!(parse_keys("direct,read-only=off").unwrap().direct);
+        for (bad, why) in [
+            ("color=red", "no key \"color\""),
+            ("read-only=maybe", "neither on nor off"),
+            ("num-queues=99", "99"),
+            ("socket=a,fd=3", "cannot be used with"),
+            ("socket=a,socket=b", "cannot be used multiple times"),
+            ("id=a b", "are a name"),
+            ("bandwidth=fast", "not a number of bytes"),
+            ("", "no key \"\""),
+        ] {
+            let said = parse_keys(bad).unwrap_err();
+            assert!(said.contains(why), "{bad}: {said}");
+        }
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let cli = |args: &[&str]| Cli::try_parse_from([&["pv-blkd"], args].concat()).unwrap();
+        let names = |cli: Cli| Ok::<_, String>(cli.disks()?.into_iter().map(|d| d.0).collect());
+        let two = cli(&["--disk", "file=a", "--disk", "file=b,id=root"]);
+        assert_eq!(names(two), Ok(vec!["disk0".to_owned(), "root".into()]));
+        let same = cli(&["--disk", "file=a,id=x", "--disk", "file=b,id=x"]);
+        assert!(names(same).unwrap_err().contains("two disks"));
+        let both = cli(&["--blk-file", "a", "--disk", "file=b"]);
+        assert!(names(both).unwrap_err().contains("single"));
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_bytes("512"), Ok(512));
+        assert_eq!(parse_bytes("3G"), Ok(3 << 30));
+        for bad in ["", "K", "-1", "1T", "99999999999999G", "1\u{e9}"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,572 @@
+//! Running disks: several in one daemon, limits, statistics, service managers.
+#![allow(unsafe_code)]
+// UNSAFETY: a descriptor and a resource limit are set between fork and exec.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
+
+const MIB: u64 = 1 << 20;
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
+    command.stdin(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+/// Ended with the test, whatever happens.
+struct Daemon(Child);
+
+impl Daemon {
+    /// The exit code and what it said, after SIGTERM.
+    fn end(mut self) -> (Option<i32>, String) {
+        let pid = libc::pid_t::try_from(self.0.id()).unwrap();
+        // SAFETY: kill takes no pointer; the child has not been waited for.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        let deadline = Instant::now() + TIMEOUT;
+        let status = loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the daemon did not end");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let mut said = String::new();
+        let mut stderr = self.0.stderr.take().unwrap();
+        stderr.read_to_string(&mut said).unwrap();
+        (status.code(), said)
+    }
+
+    fn fds(&self) -> usize {
+        let path = format!("/proc/{}/fd", self.0.id());
+        std::fs::read_dir(path).unwrap().count()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn connect(path: &Path) -> UnixStream {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        if let Ok(stream) = UnixStream::connect(path) {
+            stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+            return stream;
+        }
+        assert!(Instant::now() < deadline, "nobody listens");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Status line and body.
+fn http(path: &Path, method: &str, target: &str, body: &str) -> (String, String) {
+    let mut stream = connect(path);
+    let length = body.len();
+    let request = format!("{method} {target} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.lines().next().unwrap().to_owned(), body.to_owned())
+}
+
+fn stats(path: &Path) -> serde_json::Value {
+    let (status, body) = http(path, "GET", "/stats", "");
+    assert_eq!(status, "HTTP/1.0 200 OK");
+    serde_json::from_str(&body).unwrap()
+}
+
+/// A disk with statistics and control.
+struct Managed {
+    disk: Disk,
+    daemon: Daemon,
+    stats: PathBuf,
+    control: PathBuf,
+}
+
+impl Managed {
+    fn start(more: &[&str]) -> Managed {
+        Managed::with(program(), more)
+    }
+
+    fn with(mut command: Command, more: &[&str]) -> Managed {
+        let disk = Disk::new(4 * MIB);
+        let (stats, control) = (disk.dir.path().join("stats"), disk.dir.path().join("ctl"));
+        command.arg("--socket-path").arg(&disk.socket);
+        command.arg("--blk-file").arg(&disk.image).args(more);
+        command.arg("--stats-socket").arg(&stats);
+        command.arg("--control-socket").arg(&control);
+        let daemon = Daemon(command.spawn().unwrap());
+        Managed {
+            disk,
+            daemon,
+            stats,
+            control,
+        }
+    }
+
+    fn frontend(&self) -> Frontend {
+        Frontend::connect(&self.disk.socket, FEATURES, 1, 64, MIB as usize)
+    }
+}
+
+/// How long so many reads take, eight at a time, and that each is right.
+fn timed_reads(front: &mut Frontend, count: usize) -> Duration {
+    let start = Instant::now();
+    for round in 0..count / 8 {
+        for slot in 0..8 {
+            let at = ((round * 8 + slot) % 256) as u64 * 4096;
+            front.read(0, at, slot * 4096, 4096, slot);
+        }
+        front.kick(0);
+        for _ in 0..8 {
+            assert_eq!(front.complete(0).1, 0);
+        }
+    }
+    start.elapsed()
+}
+
+#[test]
+fn limits_hold_and_change_while_running() {
+    // Both engines' ways of waiting, and both limits.
+    for more in [
+        &["--iops", "400", "--iops-burst", "1"][..],
+        &["--iops", "400", "--iops-burst", "1", "--direct"],
+        &["--bandwidth", "1600K", "--bandwidth-burst", "4K"],
+    ] {
+        let managed = Managed::start(more);
+        let mut front = managed.frontend();
+        let took = timed_reads(&mut front, 160).as_secs_f64();
+        assert!(
+            (0.38..2.0).contains(&took),
+            "160 at 400/s took {took} s: {more:?}"
+        );
+        let held = stats(&managed.stats)["disks"][0]["queues"][0]["held_seconds"].clone();
+        assert!(held.as_f64().unwrap() > 0.2, "{held}");
+        // None at all, then slow, then faster while requests are held back.
+        let put = |body: &str| http(&managed.control, "PUT", "/disks/disk0/limits", body).0;
+        assert_eq!(put("{}"), "HTTP/1.0 200 OK");
+        let took = timed_reads(&mut front, 160).as_secs_f64();
+        assert!(took < 0.3, "{took}");
+        assert_eq!(
+            put(r#"{"bandwidth": 1, "bandwidth-burst": 1}"#),
+            "HTTP/1.0 200 OK"
+        );
+        front.read(0, 0, 0, 4096, 1);
+        front.kick(0);
+        assert_eq!(front.complete(0), (1, 0), "the first goes into debt");
+        front.read(0, 0, 0, 4096, 2);
+        front.kick(0);
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(
+            front.queues[0].completions().next().is_none(),
+            "held back for an hour"
+        );
+        assert_eq!(put(r#"{"iops": 1000000}"#), "HTTP/1.0 200 OK");
+        assert_eq!(front.complete(0), (2, 0));
+        assert_eq!(
+            stats(&managed.stats)["disks"][0]["limits"]["iops"],
+            1_000_000
+        );
+        drop(front);
+        assert_eq!(managed.daemon.end(), (Some(0), String::new()));
+    }
+}
+
+#[test]
+fn a_held_back_queue_stops_at_once() {
+    let managed = Managed::start(&["--bandwidth", "1", "--bandwidth-burst", "1"]);
+    let mut front = managed.frontend();
+    for slot in 0..4 {
+        front.read(0, 0, slot * 4096, 4096, slot);
+    }
+    front.kick(0);
+    front.complete(0);
+    let start = Instant::now();
+    assert_eq!(managed.daemon.end().0, Some(0));
+    assert!(start.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn statistics_say_what_happened() {
+    let managed = Managed::start(&["--id", "root"]);
+    for round in 0..3u64 {
+        let mut front = managed.frontend();
+        assert_eq!(front.write_sync(0, 0, &pattern(round, 8192)), 0);
+        assert_eq!(front.read_sync(0, 0, 8192), (0, pattern(round, 8192)));
+        assert_ne!(front.read_sync(0, 4 * MIB, 512).0, 0);
+        let now = stats(&managed.stats);
+        assert_eq!(now["disks"][0]["connection"]["connected"], true);
+    }
+    let deadline = Instant::now() + TIMEOUT;
+    let disk = loop {
+        let now = stats(&managed.stats)["disks"][0].clone();
+        if now["connection"]["connected"] == false {
+            break now;
+        }
+        assert!(Instant::now() < deadline);
+    };
+    assert_eq!(disk["disk"], "root");
+    assert_eq!(disk["connection"]["connections"], 3);
+    assert_eq!(disk["connection"]["reconnects"], 2);
+    assert_eq!(disk["refused"], 3);
+    let [read, write] = [0, 1].map(|at| disk["operations"][at].clone());
+    assert_eq!(
+        (&read["name"], &read["requests"]),
+        (&"read".into(), &3.into())
+    );
+    assert_eq!(
+        (&write["bytes"], &write["requests"]),
+        (&24576.into(), &3.into())
+    );
+    let p99 = read["p99_seconds"].as_f64().unwrap();
+    assert!(p99 > 0.0 && p99 < 5.0, "{p99}");
+    assert_eq!(disk["queues"][0]["in_flight"], 0);
+    let (status, text) = http(&managed.stats, "GET", "/metrics", "");
+    assert_eq!(status, "HTTP/1.0 200 OK");
+    for line in [
+        "pv_blk_connected{disk=\"root\"} 0",
+        "pv_blk_reconnects_total{disk=\"root\"} 2",
+        "pv_blk_request_duration_seconds_count{disk=\"root\",operation=\"write\"} 3",
+        "pv_blk_bytes_total{disk=\"root\",operation=\"read\"} 24576",
+        "pv_blk_errors_total{disk=\"root\",error=\"io\"} 0",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+    }
+    assert_eq!(managed.daemon.end().0, Some(0));
+    assert!(!managed.stats.exists() && !managed.control.exists());
+}
+
+#[test]
+fn host_errors_are_counted_by_class() {
+    let mut command = program();
+    // SAFETY: setrlimit is async-signal-safe and gets a valid limit.
+    unsafe {
+        command.pre_exec(|| {
+            let limit = libc::rlimit {
+                rlim_cur: 64 << 10,
+                rlim_max: 64 << 10,
+            };
+            match libc::setrlimit(libc::RLIMIT_FSIZE, &limit) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        })
+    };
+    let managed = Managed::with(command, &[]);
+    let mut front = managed.frontend();
+    assert_ne!(front.write_sync(0, MIB, &pattern(1, 4096)), 0);
+    // The image shrinks under the guest.
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&managed.disk.image)
+        .unwrap()
+        .set_len(0)
+        .unwrap();
+    assert_ne!(front.read_sync(0, MIB, 4096).0, 0);
+    let errors = stats(&managed.stats)["disks"][0]["errors"].clone();
+    assert_eq!(
+        (&errors["too_large"], &errors["past_end"]),
+        (&1.into(), &1.into())
+    );
+}
+
+#[test]
+fn only_the_control_socket_changes_anything() {
+    let managed = Managed::start(&[]);
+    let put = |path, target, body| http(path, "PUT", target, body).0;
+    let refused = put(&managed.stats, "/disks/disk0/limits", "{\"iops\": 1}");
+    assert_eq!(refused, "HTTP/1.0 403 Forbidden");
+    assert_eq!(stats(&managed.control)["disks"][0]["limits"]["iops"], 0);
+    for (target, body, status) in [
+        ("/disks/none/limits", "{}", "404 Not Found"),
+        ("/disks/disk0/limits", "", "400 Bad Request"),
+        ("/disks/disk0/limits", "{\"iops\": -1}", "400 Bad Request"),
+        (
+            "/disks/disk0/limits",
+            "{\"iops\": 1e300}",
+            "400 Bad Request",
+        ),
+        (
+            "/disks/disk0/limits",
+            "{\"iops\": 1125899906842625}",
+            "400 Bad Request",
+        ),
+        ("/disks/disk0/limits", "{\"speed\": 1}", "400 Bad Request"),
+        ("/disks/disk0", "{}", "404 Not Found"),
+        ("", "", "404 Not Found"),
+    ] {
+        assert_eq!(
+            put(&managed.control, target, body),
+            format!("HTTP/1.0 {status}"),
+            "{body}"
+        );
+    }
+    assert_eq!(stats(&managed.control)["disks"][0]["limits"]["iops"], 0);
+    let mode = std::fs::metadata(&managed.control)
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
+fn bad_clients_of_the_statistics_are_left_and_cost_nothing() {
+    let managed = Managed::start(&[]);
+    let mut front = managed.frontend();
+    assert_eq!(front.write_sync(0, 0, &pattern(7, 4096)), 0);
+    stats(&managed.stats);
+    let before = managed.daemon.fds();
+    for round in 0..50u64 {
+        let mut stream = connect(&managed.stats);
+        // May be refused before all of it is taken.
+        let _ = match round % 5 {
+            0 => Ok(()),
+            1 => stream.write_all(b"GET /sta"),
+            2 => stream.write_all(&[0xff; 64]),
+            3 => {
+                stream.write_all(b"PUT / HTTP/1.0\r\nContent-Length: 99999999999999999999\r\n\r\n")
+            }
+            _ => stream.write_all(&pattern(round, 20_000)),
+        };
+        if round % 5 == 3 {
+            let mut answer = String::new();
+            let _ = stream.read_to_string(&mut answer);
+            assert!(answer.starts_with("HTTP/1.0 413"), "{answer}");
+        }
+    }
+    // One that says nothing holds the others up for its time, and no longer.
+    let silent = connect(&managed.stats);
+    let start = Instant::now();
+    stats(&managed.stats);
+    assert!(
+        start.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        start.elapsed()
+    );
+    drop(silent);
+    assert_eq!(
+        front.read_sync(0, 0, 4096),
+        (0, pattern(7, 4096)),
+        "the disk did not notice"
+    );
+    let deadline = Instant::now() + TIMEOUT;
+    while managed.daemon.fds() > before {
+        assert!(Instant::now() < deadline, "descriptors are left");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(front);
+    assert_eq!(managed.daemon.end(), (Some(0), String::new()));
+}
+
+#[test]
+fn several_disks_in_one_daemon() {
+    let disks: Vec<Disk> = (0..3).map(|_| Disk::new(MIB)).collect();
+    let mut command = program();
+    for (index, disk) in disks.iter().enumerate() {
+        let read_only = if index == 2 { "on" } else { "off" };
+        let (socket, image) = (disk.socket.display(), disk.image.display());
+        let keys = format!("socket={socket},file={image},num-queues=2,read-only={read_only}");
+        command.arg("--disk").arg(keys);
+    }
+    let daemon = Daemon(command.spawn().unwrap());
+    let connect = |disk: &Disk| {
+        let features = FEATURES & !(1 << 13 | 1 << 14);
+        Frontend::connect(&disk.socket, features, 2, 64, MIB as usize)
+    };
+    let mut fronts: Vec<Frontend> = disks.iter().map(connect).collect();
+    for round in 0..20u64 {
+        for (index, front) in fronts.iter_mut().enumerate() {
+            let data = pattern(round * 3 + index as u64, 4096);
+            let written = front.write_sync(round as usize % 2, round * 4096, &data);
+            assert_eq!(written == 0, index != 2, "the third is read-only");
+        }
+    }
+    for (index, front) in fronts.iter_mut().enumerate() {
+        for round in 0..20u64 {
+            let expected = match index {
+                2 => vec![0; 4096],
+                _ => pattern(round * 3 + index as u64, 4096),
+            };
+            assert_eq!(front.read_sync(0, round * 4096, 4096), (0, expected));
+        }
+    }
+    // One that goes and comes back is nothing to the others.
+    fronts.remove(0);
+    let mut again = connect(&disks[0]);
+    assert_eq!(again.read_sync(0, 0, 4096), (0, pattern(0, 4096)));
+    assert_eq!(fronts[0].read_sync(0, 0, 4096), (0, pattern(1, 4096)));
+    drop((again, fronts));
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+    assert!(disks.iter().all(|disk| !disk.socket.exists()));
+}
+
+#[test]
+fn bad_disks_get_a_sentence_and_leave_no_socket() {
+    let disk = Disk::new(MIB);
+    let good = format!(
+        "socket={},file={}",
+        disk.socket.display(),
+        disk.image.display()
+    );
+    for (second, expected) in [
+        ("socket=x", "--blk-file is needed"),
+        (
+            "file=/nonexistent,socket=x",
+            "cannot open the disk image /nonexistent",
+        ),
+        ("colour=red", "there is no key \"colour\""),
+        (
+            "file=x,socket=/nonexistent/s",
+            "cannot open the disk image x",
+        ),
+        (&good, "another program listens"),
+    ] {
+        let output = program()
+            .args(["--disk", &good, "--disk", second])
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{second}: {said}");
+        assert!(said.contains(expected), "{second}: {said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(!disk.socket.exists(), "{second}");
+    }
+}
+
+#[test]
+fn sockets_from_a_service_manager() {
+    let (first, second) = (Disk::new(MIB), Disk::new(MIB));
+    let listeners = [&first, &second].map(|d| UnixListener::bind(&d.socket).unwrap());
+    let raw = listeners.each_ref().map(|l| l.as_raw_fd());
+    // The process id is known after the fork only.
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "LISTEN_PID=$$ exec \"$0\" \"$@\""])
+        .arg(env!("CARGO_BIN_EXE_pv-blkd"))
+        .args(["--disk", &format!("file={},id=a", first.image.display())])
+        .args(["--disk", &format!("file={},id=b", second.image.display())])
+        .env("LISTEN_FDS", "2")
+        // In the other order.
+        .env("LISTEN_FDNAMES", "b:a")
+        .stderr(Stdio::piped());
+    // SAFETY: dup and dup2 are async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            // Out of the way of the numbers that they get.
+            let [a, b] = raw.map(|fd| libc::fcntl(fd, libc::F_DUPFD, 20));
+            match libc::dup2(b, 3) == 3 && libc::dup2(a, 4) == 4 {
+                true => Ok(()),
+                false => Err(std::io::Error::last_os_error()),
+            }
+        })
+    };
+    let daemon = Daemon(command.spawn().unwrap());
+    for (seed, disk) in [(1, &first), (2, &second)] {
+        let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
+        assert_eq!(front.write_sync(0, 0, &pattern(seed, 512)), 0);
+    }
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+    for (seed, disk) in [(1, &first), (2, &second)] {
+        assert_eq!(
+            std::fs::read(&disk.image).unwrap()[..512],
+            pattern(seed, 512)[..]
+        );
+        assert!(disk.socket.exists(), "somebody else made it");
+    }
+    // Meant for another process: as if there were none.
+    let image = first.image.display();
+    let mut command = program();
+    command.env("LISTEN_FDS", "1").env("LISTEN_PID", "1");
+    let output = command
+        .args(["--disk", &format!("file={image}")])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("either --socket-path or --fd"), "{said}");
+}
+
+#[test]
+fn a_service_manager_is_told() {
+    let name = format!("paravane-notify-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(&name).unwrap();
+    let by_name = UnixDatagram::bind_addr(&address).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let by_path = UnixDatagram::bind(&path).unwrap();
+    for (socket, shown) in [
+        (by_path, path.display().to_string()),
+        (by_name, format!("@{name}")),
+    ] {
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let mut command = program();
+        command.env("NOTIFY_SOCKET", &shown);
+        let managed = Managed::with(command, &[]);
+        let receive = || {
+            let mut buffer = [0; 256];
+            let len = socket.recv(&mut buffer).unwrap();
+            String::from_utf8_lossy(&buffer[..len]).into_owned()
+        };
+        assert!(receive().starts_with("READY=1\n"));
+        // Ready means that it can be connected to.
+        UnixStream::connect(&managed.disk.socket).unwrap();
+        assert_eq!(managed.daemon.end().0, Some(0));
+        assert_eq!(receive(), "STOPPING=1\n");
+    }
+    let mut command = program();
+    command.env("NOTIFY_SOCKET", "/nonexistent/notify");
+    let managed = Managed::with(command, &[]);
+    let mut daemon = managed.daemon;
+    let deadline = Instant::now() + TIMEOUT;
+    while daemon.0.try_wait().unwrap().is_none() {
+        assert!(Instant::now() < deadline, "the daemon did not end");
+    }
+    let (code, said) = daemon.end();
+    assert_eq!(code, Some(1));
+    assert!(said.contains("cannot reach NOTIFY_SOCKET"), "{said}");
+}
+
+#[test]
+fn the_descriptor_file_names_what_the_program_says() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("share/50-pv-blkd.json");
+    let text = std::fs::read_to_string(file).unwrap();
+    let descriptor: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let output = program().arg("--print-capabilities").output().unwrap();
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(descriptor["type"], said["type"]);
+    assert!(descriptor["binary"].as_str().unwrap().starts_with('/'));
+    assert!(descriptor["description"].is_string());
+    assert_eq!(
+        said["features"],
+        serde_json::json!(["read-only", "blk-file"])
+    );
+}
+
+#[test]
+fn the_manual_names_every_option() {
+    let manual = Path::new(env!("CARGO_MANIFEST_DIR")).join("man/pv-blkd.1");
+    let manual = std::fs::read_to_string(manual).unwrap().replace("\\-", "-");
+    let help = String::from_utf8(program().arg("--help").output().unwrap().stdout).unwrap();
+    let words = |text: &str| -> std::collections::BTreeSet<String> {
+        text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
+            .filter(|w| w.starts_with("--") && w.len() > 2)
+            .map(str::to_owned)
+            .collect()
+    };
+    let (said, written) = (words(&help), words(&manual));
+    let missing: Vec<_> = said.difference(&written).collect();
+    assert!(missing.is_empty(), "not in the manual: {missing:?}");
+}
