@@ -322,3 +322,32 @@ fn none_is_none() {
     assert_eq!(daemon.field("NoNewPrivs:"), "0");
     assert_eq!(daemon.end().0, Some(0));
 }
+
+/// The process that removes the socket must not keep it alive when the daemon is killed.
+#[test]
+fn a_daemon_that_is_killed_at_once_leaves_a_stale_socket_and_no_process() {
+    let disk = Disk::new(MIB);
+    for _ in 0..20 {
+        let mut daemon = Daemon::start(&mut program(), &disk, &[]);
+        let deadline = Instant::now() + TIMEOUT;
+        while std::os::unix::net::UnixStream::connect(&disk.socket).is_err() {
+            assert!(
+                daemon.0.try_wait().unwrap().is_none(),
+                "it found the socket in use"
+            );
+            assert!(Instant::now() < deadline, "nobody listens");
+        }
+        // As soon as it serves: an answer proves that it is past its set-up.
+        let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
+        assert_eq!(front.read_sync(0, 0, 512).0, 0);
+        daemon.0.kill().unwrap();
+        daemon.0.wait().unwrap();
+        let refused = std::os::unix::net::UnixStream::connect(&disk.socket).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        // Standard error ends when the last process that holds it has.
+        let mut said = String::new();
+        let mut stderr = daemon.0.stderr.take().unwrap();
+        stderr.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "");
+    }
+}

@@ -34,7 +34,13 @@ impl Remover {
                 // SAFETY: ends the child without the parent's clean-up.
                 unsafe { libc::_exit(0) }
             }
-            _ => Ok(Some(Remover(ours))),
+            _ => {
+                drop(theirs);
+                // Until it has closed its copies, the listeners would outlive a daemon that is
+                // killed, and the next one would take them for somebody else's.
+                (&ours).read_exact(&mut [0])?;
+                Ok(Some(Remover(ours)))
+            }
         }
     }
 }
@@ -48,9 +54,6 @@ impl Drop for Remover {
 }
 
 fn remove_when_told(paths: &[SocketPath], pipe: &UnixStream) -> io::Result<()> {
-    let folders: Vec<&Path> = paths.iter().map(SocketPath::folder).collect();
-    // Best effort, as the daemon's own.
-    let _ = allow_removal(&folders);
     // SAFETY: descriptor 0 and the ones from 1 on are this process's own, which uses none but 0
     // from here; nothing is dropped before it ends.
     unsafe {
@@ -61,9 +64,16 @@ fn remove_when_told(paths: &[SocketPath], pipe: &UnixStream) -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
+    let folders: Vec<&Path> = paths.iter().map(SocketPath::folder).collect();
+    // Best effort, as the daemon's own.
+    let _ = allow_removal(&folders);
     confine_remover().map_err(io::Error::other)?;
     let mut byte = 0u8;
     // SAFETY: one byte that is valid; descriptor 0 is the pair's end.
+    if unsafe { libc::write(0, (&raw const byte).cast(), 1) } != 1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above.
     if unsafe { libc::read(0, (&raw mut byte).cast(), 1) } == 1 {
         paths.iter().for_each(SocketPath::remove);
     }

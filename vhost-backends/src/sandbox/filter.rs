@@ -73,6 +73,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_sigaltstack,
     libc::SYS_sched_getaffinity,
     libc::SYS_gettid,
+    libc::SYS_getpid,
     libc::SYS_getrandom,
 ];
 
@@ -171,6 +172,18 @@ fn conditional() -> Result<Rules, BackendError> {
                     .collect(),
             )?,
         ),
+        // Ending itself, and nobody else, by abort: seen from outside as what it is.
+        (
+            libc::SYS_tgkill,
+            vec![SeccompRule::new(vec![
+                is(0, SeccompCmpOp::Eq, u64::from(std::process::id()))?,
+                is(
+                    2,
+                    SeccompCmpOp::Eq,
+                    u64::from(libc::SIGABRT.cast_unsigned()),
+                )?,
+            ])?],
+        ),
         // A thread's name.
         (
             libc::SYS_prctl,
@@ -188,10 +201,11 @@ fn without(argument: u8, bit: libc::c_int) -> Result<SeccompCondition, BackendEr
     is(argument, SeccompCmpOp::MaskedEq(bit), 0)
 }
 
-/// The list for a process that waits for a byte, looks at files and removes them.
+/// The list for a process that writes a byte, waits for one, looks at files and removes them.
 pub(crate) fn confine_remover() -> Result<(), String> {
     let calls = [
         libc::SYS_read,
+        libc::SYS_write,
         libc::SYS_statx,
         libc::SYS_newfstatat,
         libc::SYS_unlink,
