@@ -31,3 +31,13 @@ pub const LOSS_POLL: Duration = Duration::from_millis(50);
 pub const RECOVERY_POLL: Duration = Duration::from_millis(5);
 /// Transitions of the device that one look follows before it lets its caller go on.
 pub const MAX_RECOVERY_STEPS: usize = 8;
+
+/// How long a wait looks for completions before the vCPU idles, in nanoseconds: about what an idle
+/// costs on the slowest accel, so that looking in vain at most doubles it.
+pub const LOOK_NS: u64 = 20_000;
+/// A queue for which looking did not help tries it again every so many waits.
+pub const LOOK_AGAIN: u32 = 64;
+/// Looks between two glances at the clock: a look costs some ten nanoseconds, a glance more.
+pub const LOOKS_PER_ROUND: u32 = 64;
+/// Glances in one wait; with the looks between them far more than [`LOOK_NS`] takes.
+pub const LOOK_ROUNDS: u32 = 64;

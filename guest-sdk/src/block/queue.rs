@@ -4,6 +4,7 @@ use super::config::Shared;
 use super::request::{HEAD_LEN, Submitted};
 use super::{Block, Error, Request, SubmitError};
 use crate::device::{Channel, Failed};
+use crate::limits::{LOOK_AGAIN, LOOK_NS, LOOK_ROUNDS, LOOKS_PER_ROUND};
 use crate::platform::{DmaBuf, OutOfArena, Platform};
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
@@ -41,6 +42,7 @@ pub struct BlockQueue<P: Platform> {
     /// Buffers of the blocking calls.
     pub(super) bounce: Vec<DmaBuf>,
     next_token: u64,
+    looking: Looking,
 }
 
 impl<P: Platform> BlockQueue<P> {
@@ -59,6 +61,7 @@ impl<P: Platform> BlockQueue<P> {
             ready: VecDeque::new(),
             bounce: Vec::new(),
             next_token: 0,
+            looking: Looking::new(),
         })
     }
 
@@ -197,12 +200,44 @@ impl<P: Platform> BlockQueue<P> {
             if deadline.is_some_and(|deadline| platform.now_ns() >= deadline) {
                 break;
             }
+            if self.look(platform, count)? {
+                break;
+            }
             if channel.arm(u16::try_from(missing).unwrap_or(u16::MAX)) {
                 waiter.idle(channel.idle_limit(&shared.core, deadline));
             }
             waiter.clear();
         }
         Ok(self.ready.len())
+    }
+
+    /// Looks for completions for a short while before the vCPU goes idle; whether `count` came.
+    ///
+    /// An idle costs a trip to the host and back, often longer than a cached read takes. Looking
+    /// stops where it does not help, and is tried again now and then.
+    fn look(&mut self, platform: &P, count: usize) -> Result<bool, Error> {
+        let budget = self.looking.budget_ns();
+        if budget == 0 {
+            return Ok(false);
+        }
+        let until = platform.now_ns().saturating_add(budget);
+        // Bounded by looks as well: a clock need not go on while nobody idles.
+        for _ in 0..LOOK_ROUNDS {
+            // The clock is asked now and then only; where it is a call, that is what it costs.
+            for _ in 0..LOOKS_PER_ROUND {
+                self.drain()?;
+                if self.ready.len() >= count || self.channel.held() == 0 {
+                    self.looking.hit();
+                    return Ok(true);
+                }
+                core::hint::spin_loop();
+            }
+            if platform.now_ns() >= until {
+                break;
+            }
+        }
+        self.looking.miss();
+        Ok(false)
     }
 
     /// Moves every completion from the ring to `ready`.
@@ -234,6 +269,41 @@ impl<P: Platform> BlockQueue<P> {
         };
         self.heads.push(head);
         Ok(Some(completion))
+    }
+}
+
+/// How long to look before idling; learnt from what came of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Looking {
+    budget_ns: u64,
+    waits: u32,
+}
+
+impl Looking {
+    pub(super) const fn new() -> Self {
+        Looking {
+            budget_ns: LOOK_NS,
+            waits: 0,
+        }
+    }
+
+    fn budget_ns(&mut self) -> u64 {
+        self.waits = self.waits.wrapping_add(1);
+        if self.budget_ns == 0 && self.waits.is_multiple_of(LOOK_AGAIN) {
+            return LOOK_NS;
+        }
+        self.budget_ns
+    }
+
+    fn hit(&mut self) {
+        self.budget_ns = LOOK_NS;
+    }
+
+    fn miss(&mut self) {
+        self.budget_ns /= 2;
+        if self.budget_ns < LOOK_NS / 8 {
+            self.budget_ns = 0;
+        }
     }
 }
 
