@@ -123,19 +123,15 @@ pub(super) struct Start {
 }
 
 /// Runs in the supervisor thread, from the guest's first moment to its last.
-pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<OwnedFd>)) {
+pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<Arc<OwnedFd>>)) {
     let child = match spawn::start(start.descriptors.clone(), start.base) {
         Ok(child) => child,
         Err(error) => return started(Err(error)),
     };
-    let pidfd = match child.pidfd.try_clone() {
-        Ok(pidfd) => pidfd,
-        // Dropped with this thread, the child dies of its parent-death signal.
-        Err(error) => return started(Err(error)),
-    };
+    let pidfd = Arc::new(child.pidfd);
     let mut tracer = Tracer {
         pid: child.pid,
-        pidfd,
+        pidfd: Arc::clone(&pidfd),
         threads: HashMap::new(),
         traced: false,
         memory: Arc::clone(&start.memory),
@@ -148,7 +144,7 @@ pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<O
         }
     }
     watch.traced.store(tracer.traced, Ordering::Release);
-    started(Ok(child.pidfd));
+    started(Ok(pidfd));
     (start.go)();
     let end = tracer.watch(watch, &start.reporter);
     // Why first: who sees that it is gone may ask at once.
@@ -174,7 +170,7 @@ pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<O
 
 struct Tracer {
     pid: libc::pid_t,
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
     /// Threads, and whether each is in a group stop.
     threads: HashMap<libc::pid_t, bool>,
     traced: bool,

@@ -32,7 +32,7 @@ const FAULT_STACK: u64 = 16 << 10;
 const FAULT_STACKS: u64 = VCPU_PAGES_BASE + VCPU_PAGES_LEN;
 
 pub(super) struct ProcessVm {
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
     watch: Arc<Watch>,
     memory: Arc<GuestMemory>,
     events: Arc<EventTable>,
