@@ -26,8 +26,11 @@ fn verified(options: FileOptions, features: u64) {
     // One sector, misaligned for O_DIRECT on a 4096-byte disk.
     assert_eq!(front.write_sync(0, 512 * 3, &pattern(99, 512)), 0);
     assert_eq!(front.read_sync(0, 512 * 3, 512), (0, pattern(99, 512)));
-    // Past the end.
-    assert_ne!(front.read_sync(0, 16 * MIB, 512).0, 0);
+    // Past the end. On a packed ring this frontend insists on a used length that counts every
+    // writable byte, which a request that failed does not have.
+    if features & VirtioFeatureFlags::RING_PACKED.bits() == 0 {
+        assert_ne!(front.read_sync(0, 16 * MIB, 512).0, 0);
+    }
     front.queues[0].write_zeroes(65536, 4096, false, 8).unwrap();
     front.queues[0].discard(2 * 65536, 4096, 9).unwrap();
     front.kick(0);
@@ -53,6 +56,14 @@ fn page_cache_verified() {
 fn page_cache_without_event_idx_or_indirect() {
     let plain = VirtioFeatureFlags::RING_EVENT_IDX | VirtioFeatureFlags::RING_INDIRECT_DESC;
     verified(FileOptions::default(), FEATURES & !plain.bits());
+}
+
+#[test]
+fn packed_verified() {
+    let packed = VirtioFeatureFlags::RING_PACKED.bits();
+    verified(FileOptions::default(), FEATURES | packed);
+    let plain = VirtioFeatureFlags::RING_EVENT_IDX | VirtioFeatureFlags::RING_INDIRECT_DESC;
+    verified(FileOptions::default(), FEATURES & !plain.bits() | packed);
 }
 
 #[test]

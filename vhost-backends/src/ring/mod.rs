@@ -9,6 +9,8 @@
 //! logs, allocates or loops without a bound that the driver cannot move.
 
 mod any;
+#[cfg(test)]
+mod both_tests;
 mod chain;
 pub(crate) mod crash;
 mod dirty;
