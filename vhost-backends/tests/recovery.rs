@@ -206,6 +206,15 @@ fn sweep(packed: bool) {
             }
         }
     }
+    // While memory is exchanged, before the first request.
+    let case = Case {
+        op: Op::Write,
+        depth: 8,
+        size: 32,
+        packed,
+        indirect: false,
+    };
+    assert_eq!(run(case, &["P7:1".into()]), 1);
     println!("{cases} cases, {crashes} crashes");
     assert!(crashes > cases);
 }

@@ -143,7 +143,7 @@ impl Front {
         self.stream = Some(stream);
     }
 
-    fn send(&self, request: u32, flags: u32, payload: &[u8], fds: &[i32]) -> bool {
+    pub(crate) fn send(&self, request: u32, flags: u32, payload: &[u8], fds: &[i32]) -> bool {
         let mut bytes = Vec::new();
         for word in [request, flags, payload.len() as u32] {
             bytes.extend(word.to_ne_bytes());
@@ -154,7 +154,7 @@ impl Front {
     }
 
     /// A reply and what came with it. `None`: the backend is gone.
-    fn receive(&self, request: u32) -> Option<(Vec<u8>, Option<File>)> {
+    pub(crate) fn receive(&self, request: u32) -> Option<(Vec<u8>, Option<File>)> {
         let stream = self.stream.as_ref().unwrap();
         let mut head = [0; 12];
         let (n, file) = stream.recv_with_fd(&mut head).ok()?;

@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use vhost_backends::ring::{DeviceRing, RingState};
-use vhost_backends::session::{Device, QueueSetup, QueueStop, QueueWorker, Server, SessionEnd};
+use vhost_backends::session::{
+    Device, FrontendLink, QueueSetup, QueueStop, QueueWorker, Server, SessionEnd,
+};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 pub(crate) const NEED_REPLY: u32 = 1 << 3;
@@ -28,6 +30,9 @@ pub(crate) struct Counting {
     pub(crate) opened: AtomicUsize,
     pub(crate) stopped: Arc<AtomicUsize>,
     pub(crate) last: Mutex<Option<(u16, RingState, u64)>>,
+    pub(crate) frontend: Mutex<Option<Arc<FrontendLink>>>,
+    /// Features beside the usual ones.
+    pub(crate) more_features: u64,
 }
 
 impl Counting {
@@ -61,7 +66,11 @@ impl Device for Counting {
     }
 
     fn features(&self) -> u64 {
-        VERSION_1 | EVENT_IDX
+        VERSION_1 | EVENT_IDX | self.more_features
+    }
+
+    fn set_frontend(&self, frontend: Option<Arc<FrontendLink>>) {
+        *self.frontend.lock().unwrap() = frontend;
     }
 
     fn config(&self) -> Vec<u8> {
