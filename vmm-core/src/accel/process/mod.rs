@@ -14,6 +14,7 @@ mod faults;
 mod filter;
 mod futex;
 mod gate;
+mod look;
 mod placement;
 mod spawn;
 mod supervisor;

@@ -5,6 +5,7 @@
 //! wait for good is `gone`, which the guest cannot reach.
 
 use super::faults::{Signal, blame};
+use super::look::Look;
 use super::placement::{Placement, serve_promptly};
 use super::{futex, handoff, page};
 use crate::accel::{StartState, Vcpu, VcpuExit};
@@ -22,6 +23,7 @@ pub(super) struct ProcessVcpu {
     pub(super) gone: Arc<AtomicBool>,
     /// A hand-off waits for its answer.
     pub(super) owed: bool,
+    pub(super) look: Look,
     pub(super) placement: Placement,
 }
 
@@ -135,14 +137,18 @@ impl Vcpu for ProcessVcpu {
                     let frame = argument()?;
                     let hint = self.memory.vmm.word32(self.at(page::CPU))?;
                     let hint = hint.load(Ordering::Relaxed);
-                    self.placement.look(hint);
+                    if !self.look.helps() {
+                        self.placement.look(hint);
+                    }
                     VcpuExit::Call(frame)
                 }
                 handoff::DOORBELL => VcpuExit::Doorbell(argument()?),
                 handoff::EXIT => VcpuExit::Exit(argument()?),
                 handoff::FAULT => self.self_report()?,
                 handoff::RUN | handoff::PARKED => {
-                    futex::wait(word, state, None);
+                    if !self.look.changes(word, state) {
+                        futex::wait(word, state, None);
+                    }
                     continue;
                 }
                 word => VcpuExit::Violation(Violation::BadHandOff { word }),

@@ -1,5 +1,6 @@
 //! Making a sandboxed VM: gate, filter, set-up, supervisor.
 
+use super::look::Look;
 use super::placement::Placement;
 use super::supervisor::{self, Start, Watch};
 use super::vcpu::ProcessVcpu;
@@ -198,6 +199,7 @@ pub(crate) fn create(
                 memory,
                 gone,
                 owed: false,
+                look: Look::default(),
                 placement: Placement::default(),
             }) as Box<dyn Vcpu>
         })

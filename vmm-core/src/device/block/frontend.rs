@@ -16,10 +16,13 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
+/// `VHOST_F_LOG_ALL`.
+const LOG_ALL: u64 = 1 << 26;
 /// Virtio features that a guest can be given over this frontend.
 ///
-/// Everything but packed rings: the ABI's queue set-up describes split ones.
-const PASSED_ON: u64 = !(feature::RING_PACKED | 1 << 30);
+/// Everything but packed rings, as the ABI's queue set-up describes split ones, and what is for the
+/// frontend alone: the dirty log and the protocol features' own bit.
+const PASSED_ON: u64 = !(feature::RING_PACKED | LOG_ALL | 1 << 30);
 /// Lengths of configuration space that backends answer, the longest first.
 const CONFIG_LENS: [usize; 2] = [size_of::<Config>(), 36];
 
