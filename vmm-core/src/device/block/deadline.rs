@@ -7,25 +7,41 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Ends the conversation on a socket unless it is dropped in time.
-pub(super) struct Deadline(#[allow(dead_code)] mpsc::Sender<()>);
+pub(super) struct Deadline {
+    over: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
 
 impl Deadline {
     /// From now on; conversations are rare (bring-up, reset), so a thread for each costs nothing.
     pub(super) fn start(stream: &UnixStream, limit: Duration) -> io::Result<Deadline> {
         let (sender, dropped) = mpsc::channel();
         let stream = stream.try_clone()?;
-        std::thread::Builder::new()
-            .name("pv-deadline".into())
-            .spawn(move || {
-                if let Err(RecvTimeoutError::Timeout) = dropped.recv_timeout(limit) {
-                    tracing::debug!(?limit, "a backend did not answer in time");
-                    let _ = stream.shutdown(Shutdown::Both);
-                }
-            })?;
-        Ok(Deadline(sender))
+        let thread = std::thread::Builder::new().name("pv-deadline".into());
+        let thread = thread.spawn(move || {
+            if let Err(RecvTimeoutError::Timeout) = dropped.recv_timeout(limit) {
+                tracing::debug!(?limit, "a backend did not answer in time");
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        })?;
+        Ok(Deadline {
+            over: Some(sender),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Deadline {
+    /// Nothing of it is left: the thread ends as soon as it hears.
+    fn drop(&mut self) {
+        self.over = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
