@@ -76,7 +76,16 @@ impl Frontend {
             std::thread::sleep(Duration::from_millis(2));
         }
         let watchdog = watchdog();
-        let vhost = VhostUser::new(socket.to_str().unwrap(), features).unwrap();
+        // The path is there a moment before anybody listens on it.
+        let vhost = loop {
+            match VhostUser::new(socket.to_str().unwrap(), features) {
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                    assert!(Instant::now() < deadline, "nobody listens");
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                vhost => break vhost.unwrap(),
+            }
+        };
         let mut transport = Box::new(vhost) as Box<VirtioBlkTransport>;
         let queues = VirtioBlkQueue::setup_queues(&mut *transport, queues, size).unwrap();
         let file = tempfile::tempfile_in("/dev/shm").unwrap();
