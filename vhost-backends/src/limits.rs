@@ -29,6 +29,9 @@ pub const MAX_RANGES: usize = 1;
 pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
 /// Completions that are published together: later ones should not hold back earlier ones.
 pub const MAX_BATCH: usize = 32;
+/// Bytes of requests that were over at once and wait for the rest of their batch: about as long
+/// to copy as a driver takes to wake, so that both sides work at the same time.
+pub const MAX_UNPUBLISHED_BYTES: u64 = 32 << 10;
 /// Reports of refused messages in the log, for each connection.
 pub const MAX_REFUSALS_LOGGED: u32 = 8;
 /// Reports of retired rings in the log, for each device: a guest can cause them at will.
@@ -50,3 +53,17 @@ pub const MAX_DISKS: usize = 64;
 pub const MAX_ADMIN_REQUEST: usize = 4096;
 /// Seconds that a client of these sockets has, one after the other.
 pub const ADMIN_TIMEOUT_SECS: u64 = 2;
+/// Threads that make a blocking disk's calls, for each queue: enough to overlap its waits.
+pub const POOL_THREADS: usize = 4;
+/// Bytes of guest data that one queue's threads hold copies of; beyond that the queue waits.
+pub const MAX_POOL_BYTES: u64 = 64 << 20;
+/// Images in a chain of backing files: ends one that comes back to itself.
+pub const MAX_BACKING_DEPTH: u32 = 16;
+/// Bytes of one NBD request where the server does not name its own limit.
+pub const MAX_NBD_REQUEST: u32 = 32 << 20;
+/// Bytes of one option reply of an NBD server; the longest that is of use is an error text.
+pub const MAX_NBD_OPTION: u32 = 4096;
+/// Seconds that an NBD server may take for the handshake.
+pub const NBD_HANDSHAKE_SECS: u64 = 10;
+/// Seconds that an NBD server may be silent while it owes a reply, before it is given up.
+pub const NBD_SILENCE_SECS: u64 = 30;

@@ -1,15 +1,17 @@
 //! One queue's worker: a thread, a ring, an engine, one loop.
 
 use super::poll::AdaptivePoll;
-use super::request::{HEADER_LEN, Request};
+use super::request::{HEADER_LEN, LIFETIME_LEN, Request};
 use super::{Counters, Disk};
-use crate::engine::{Engine, Finished, Operation, Token, Wake, WakeSources, open_engine};
-use crate::limits::{MAX_BATCH, MAX_HOLD_MILLIS, MAX_IN_FLIGHT, MAX_RETIRED_LOGGED};
+use crate::engine::{Engine, Finished, Operation, Token, Wake, WakeSources};
+use crate::limits::{
+    MAX_BATCH, MAX_HOLD_MILLIS, MAX_IN_FLIGHT, MAX_RETIRED_LOGGED, MAX_UNPUBLISHED_BYTES,
+};
 use crate::readiness::Event;
 use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
 use crate::session::{Notifier, QueueSetup, QueueStop, QueueWorker};
 use crate::stats::{Kind, Measure, QueueStats};
-use pv_abi::virtio::block::status;
+use pv_abi::virtio::block::{feature, status};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
@@ -35,7 +37,8 @@ pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn Qu
                 kick: setup.kick.as_fd(),
                 stop: worker_stop.as_fd(),
             };
-            let engine = match open_engine(Arc::clone(&disk.file), Arc::clone(&memory), wake) {
+            let store = Arc::clone(&disk.store);
+            let engine = match store.open_engine(Arc::clone(&memory), wake) {
                 Ok(engine) => engine,
                 Err(error) => {
                     let _ = started.send(Err(error));
@@ -55,6 +58,7 @@ pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn Qu
                 memory,
                 setup.call,
                 setup.err,
+                WriteCache::of(setup.features),
             )
             .run()
         })?;
@@ -101,6 +105,8 @@ struct Pending {
     /// Bytes of data that the device writes if all goes well.
     data: u64,
     measure: Measure,
+    /// A flush comes after it.
+    then_flush: bool,
 }
 
 struct Worker {
@@ -121,6 +127,32 @@ struct Worker {
     /// The limits hold the queue back for this long.
     hold: Option<Duration>,
     poll: AdaptivePoll,
+    cache: WriteCache,
+    /// Bytes of requests that wait in `done`.
+    unpublished: u64,
+}
+
+/// When a write is safe (virtio 1.3 §5.2.6.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum WriteCache {
+    /// After a flush.
+    Back,
+    /// At its end: a driver that cannot flush relies on that.
+    Through,
+    /// As the driver has it in configuration space.
+    Chosen,
+}
+
+impl WriteCache {
+    fn of(features: u64) -> WriteCache {
+        if features & feature::CONFIG_WCE != 0 {
+            WriteCache::Chosen
+        } else if features & feature::FLUSH != 0 {
+            WriteCache::Back
+        } else {
+            WriteCache::Through
+        }
+    }
 }
 
 impl Worker {
@@ -132,6 +164,7 @@ impl Worker {
         memory: Arc<GuestMemoryMmap>,
         call: Arc<Notifier>,
         err: Arc<Notifier>,
+        cache: WriteCache,
     ) -> Worker {
         // MAX_IN_FLIGHT fits a token.
         let free = (0..MAX_IN_FLIGHT as Token).rev().collect();
@@ -153,6 +186,8 @@ impl Worker {
             retired: false,
             hold: None,
             poll: AdaptivePoll::default(),
+            cache,
+            unpublished: 0,
         }
     }
 
@@ -280,6 +315,9 @@ impl Worker {
                     }
                     took += 1;
                     self.begin(token, chain, began);
+                    if self.unpublished >= MAX_UNPUBLISHED_BYTES {
+                        self.publish();
+                    }
                 }
                 Ok(None) => {
                     self.free.push(token);
@@ -325,15 +363,19 @@ impl Worker {
         self.disk.limiter.charge(bytes);
         let (operation, data) = match request {
             Request::GetId => {
-                let written = chain.write_at(&self.memory, 0, &self.disk.id);
-                let code = if written.is_ok() {
-                    status::OK
-                } else {
-                    status::IOERR
-                };
-                self.free.push(token);
+                let id = self.disk.id;
                 self.measured.push(measure);
-                return self.finish(&chain, code, self.disk.id.len() as u64);
+                return self.answer(token, &chain, &id);
+            }
+            Request::GetLifetime => {
+                let life = self.disk.geometry.lifetime;
+                let mut bytes = [0; LIFETIME_LEN];
+                let fields = [life.pre_eol, life.type_a, life.type_b];
+                for (to, from) in bytes.chunks_exact_mut(2).zip(fields) {
+                    to.copy_from_slice(&from.to_le_bytes());
+                }
+                self.measured.push(measure);
+                return self.answer(token, &chain, &bytes);
             }
             Request::Read { offset, len } => {
                 let chain = &chain;
@@ -350,14 +392,25 @@ impl Worker {
                 (write, 0)
             }
             Request::Flush => (Operation::Flush, 0),
+            Request::SecureErase { offset, len } => (Operation::SecureErase { offset, len }, 0),
             Request::Discard { offset, len } => (Operation::Discard { offset, len }, 0),
             Request::WriteZeroes { offset, len, unmap } => {
                 (Operation::WriteZeroes { offset, len, unmap }, 0)
             }
         };
-        match self.engine.start(token, operation) {
+        let then_flush = match operation {
+            Operation::Write { .. } | Operation::WriteZeroes { .. } => self.writes_through(),
+            _ => false,
+        };
+        let result = self.engine.start(token, operation);
+        let (result, then_flush) = match result {
+            Some(Ok(())) if then_flush => (self.engine.start(token, Operation::Flush), false),
+            result => (result, then_flush),
+        };
+        match result {
             Some(result) => {
                 self.free.push(token);
+                self.unpublished += chain.readable_len() + chain.writable_len();
                 let code = self.status_of(result);
                 self.measured.push(measure);
                 self.finish(&chain, code, data);
@@ -369,17 +422,38 @@ impl Worker {
                         chain,
                         data,
                         measure,
+                        then_flush,
                     });
                 }
             }
         }
     }
 
+    fn writes_through(&self) -> bool {
+        match self.cache {
+            WriteCache::Back => false,
+            WriteCache::Through => true,
+            WriteCache::Chosen => !self.disk.writeback(),
+        }
+    }
+
+    /// Ends a request whose whole answer is these bytes.
+    fn answer(&mut self, token: Token, chain: &OwnedChain, bytes: &[u8]) {
+        let written = chain.write_at(&self.memory, 0, bytes);
+        let code = if written.is_ok() {
+            status::OK
+        } else {
+            status::IOERR
+        };
+        self.free.push(token);
+        self.finish(chain, code, bytes.len() as u64);
+    }
+
     fn status_of(&self, result: io::Result<()>) -> u8 {
         match result {
             Ok(()) => status::OK,
             Err(error) => {
-                Counters::add(&self.disk.counters.host_errors, 1);
+                self.disk.counters.failed(&error);
                 self.with_stats(|stats| stats.failed(&error));
                 status::IOERR
             }
@@ -417,14 +491,32 @@ impl Worker {
         let mut finished = std::mem::take(&mut self.finished);
         for Finished { token, result } in finished.drain(..) {
             let slot = self.pending.get_mut(usize::from(token));
-            let Some(pending) = slot.and_then(Option::take) else {
-                continue;
-            };
-            let Pending {
+            let Some(Pending {
                 chain,
                 data,
                 measure,
-            } = pending;
+                then_flush,
+            }) = slot.and_then(Option::take)
+            else {
+                continue;
+            };
+            let result = match result {
+                Ok(()) if then_flush => match self.engine.start(token, Operation::Flush) {
+                    Some(result) => result,
+                    None => {
+                        if let Some(slot) = self.pending.get_mut(usize::from(token)) {
+                            *slot = Some(Pending {
+                                chain,
+                                data,
+                                measure,
+                                then_flush: false,
+                            });
+                        }
+                        continue;
+                    }
+                },
+                result => result,
+            };
             self.free.push(token);
             self.with_stats(|stats| stats.landed(token));
             self.measured.push(measure);
@@ -436,6 +528,7 @@ impl Worker {
             return;
         }
         Counters::add(&self.disk.counters.requests, self.done.len() as u64);
+        self.unpublished = 0;
         self.ring.complete(&self.done);
         self.done.clear();
         self.measure();

@@ -14,15 +14,15 @@ mod tests;
 pub use config::BlockOptions;
 pub use request::{RefusedRequest, Request, parse};
 
-use crate::engine::RawFile;
+use crate::engine::{Geometry, Store};
 use crate::limit::Limiter;
-use crate::session::{Device, QueueSetup, QueueWorker};
+use crate::session::{ConfigRefused, Device, QueueSetup, QueueWorker};
 use crate::stats::DeviceStats;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// A block device on a raw file. Serves any number of sessions, one after the other.
+/// A block device on any store. Serves any number of sessions, one after the other.
 #[derive(Debug)]
 pub struct BlockDevice {
     disk: Arc<Disk>,
@@ -32,14 +32,30 @@ pub struct BlockDevice {
 /// What all queues of a device share.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    pub(crate) file: Arc<RawFile>,
+    pub(crate) store: Arc<dyn Store>,
+    /// As it was at the start; only the capacity changes.
+    pub(crate) geometry: Geometry,
     /// In sectors.
-    pub(crate) capacity: u64,
+    capacity: AtomicU64,
     pub(crate) read_only: bool,
     pub(crate) id: [u8; pv_abi::virtio::block::ID_LEN],
+    /// The driver may leave writes in a cache until it flushes.
+    writeback: AtomicBool,
     pub(crate) counters: Counters,
     pub(crate) limiter: Limiter,
     pub(crate) stats: DeviceStats,
+}
+
+impl Disk {
+    pub(crate) fn capacity(&self) -> u64 {
+        // Ordering: Relaxed, a number that stands for itself.
+        self.capacity.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn writeback(&self) -> bool {
+        // Ordering: Relaxed, as for the capacity; a change holds for requests after its answer.
+        self.writeback.load(Ordering::Relaxed)
+    }
 }
 
 /// Counts since the device was made.
@@ -48,6 +64,9 @@ pub(crate) struct Counters {
     pub(crate) requests: AtomicU64,
     pub(crate) refused: AtomicU64,
     pub(crate) host_errors: AtomicU64,
+    pub(crate) no_space: AtomicU64,
+    pub(crate) truncated: AtomicU64,
+    pub(crate) not_writable: AtomicU64,
     pub(crate) calls: AtomicU64,
     pub(crate) wakes: AtomicU64,
     pub(crate) retired: AtomicU64,
@@ -58,6 +77,18 @@ impl Counters {
         // Ordering: Relaxed, a count says nothing about other memory.
         counter.fetch_add(n, Ordering::Relaxed);
     }
+
+    /// Counts a request that failed on the host, by its reason.
+    pub(crate) fn failed(&self, error: &io::Error) {
+        Counters::add(&self.host_errors, 1);
+        let reason = match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => &self.no_space,
+            Some(libc::EROFS | libc::EPERM | libc::EACCES | libc::EBADF) => &self.not_writable,
+            None if error.kind() == io::ErrorKind::UnexpectedEof => &self.truncated,
+            _ => return,
+        };
+        Counters::add(reason, 1);
+    }
 }
 
 /// A snapshot of a block device's counters.
@@ -67,8 +98,14 @@ pub struct BlockStats {
     pub requests: u64,
     /// Requests refused: malformed, out of range, unsupported, or writes to a read-only disk.
     pub refused: u64,
-    /// Requests that failed on the host.
+    /// Requests that failed on the host, for whatever reason.
     pub host_errors: u64,
+    /// Of these: no space, or over a quota or a size limit.
+    pub no_space: u64,
+    /// Of these: the image is shorter than it was.
+    pub truncated: u64,
+    /// Of these: the host does not let the image be written (any more).
+    pub not_writable: u64,
     /// Times the driver was called.
     pub calls: u64,
     /// Times a worker slept and was woken.
@@ -78,13 +115,24 @@ pub struct BlockStats {
 }
 
 impl BlockDevice {
-    /// A device on `file`.
-    pub fn new(file: RawFile, options: BlockOptions) -> BlockDevice {
+    /// A device on `store`.
+    pub fn new(store: impl Store + 'static, options: BlockOptions) -> BlockDevice {
+        BlockDevice::on(Arc::new(store), options)
+    }
+
+    /// A device on `store`, which may be shared. Queues are brought into the store's range.
+    pub fn on(store: Arc<dyn Store>, mut options: BlockOptions) -> BlockDevice {
+        if let Some(most) = store.max_queues() {
+            options.queues = options.queues.min(most).max(1);
+        }
+        let geometry = store.geometry();
         let disk = Arc::new(Disk {
-            capacity: file.len() / pv_abi::virtio::block::SECTOR_SIZE,
-            read_only: file.options().read_only,
+            capacity: AtomicU64::new(sectors(geometry)),
+            read_only: store.read_only(),
+            geometry,
             id: options.id,
-            file: Arc::new(file),
+            store,
+            writeback: AtomicBool::new(true),
             counters: Counters::default(),
             limiter: Limiter::default(),
             stats: DeviceStats::new(options.queues),
@@ -102,6 +150,14 @@ impl BlockDevice {
         &self.disk.stats
     }
 
+    /// Looks at the store's size again. Whether it changed: then the driver is to be told, with a
+    /// configuration change.
+    pub fn refresh_capacity(&self) -> bool {
+        let now = sectors(self.disk.store.geometry());
+        // Ordering: Relaxed, as in `Disk::capacity`.
+        self.disk.capacity.swap(now, Ordering::Relaxed) != now
+    }
+
     /// The counters now.
     pub fn stats(&self) -> BlockStats {
         // Ordering: Relaxed, as in `Counters::add`.
@@ -111,6 +167,9 @@ impl BlockDevice {
             requests: get(&counters.requests),
             refused: get(&counters.refused),
             host_errors: get(&counters.host_errors),
+            no_space: get(&counters.no_space),
+            truncated: get(&counters.truncated),
+            not_writable: get(&counters.not_writable),
             calls: get(&counters.calls),
             wakes: get(&counters.wakes),
             retired: get(&counters.retired),
@@ -131,7 +190,24 @@ impl Device for BlockDevice {
         config::space(&self.disk, &self.options)
     }
 
+    fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), ConfigRefused> {
+        let writeback = config::parse_write(offset, data).ok_or(ConfigRefused)?;
+        // Ordering: Relaxed, as in `Disk::writeback`.
+        self.disk.writeback.store(writeback, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn reset(&self) {
+        // Ordering: Relaxed, as in `Disk::writeback`.
+        self.disk.writeback.store(true, Ordering::Relaxed);
+    }
+
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {
         execute::spawn(Arc::clone(&self.disk), setup)
     }
+}
+
+/// A tail that is no whole sector is not part of the disk.
+fn sectors(geometry: Geometry) -> u64 {
+    geometry.len / pv_abi::virtio::block::SECTOR_SIZE
 }

@@ -10,6 +10,12 @@ use pv_abi::virtio::block::{
 use vm_memory::GuestMemoryMmap;
 use zerocopy::IntoBytes;
 
+/// Request types of virtio 1.3 §5.2.6 that the ABI does not use.
+pub(super) const GET_LIFETIME: u32 = 10;
+pub(super) const SECURE_ERASE: u32 = 14;
+/// Bytes of the answer to `GET_LIFETIME`.
+pub(super) const LIFETIME_LEN: usize = 6;
+
 /// Bytes of a request's head.
 pub(super) const HEADER_LEN: u64 = size_of::<RequestHeader>() as u64;
 
@@ -34,6 +40,15 @@ pub enum Request {
     Flush,
     /// The device's name, into the chain's first writable bytes.
     GetId,
+    /// How worn the medium is, into the chain's first writable bytes.
+    GetLifetime,
+    /// Make a range unreadable for good.
+    SecureErase {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// Forget a range.
     Discard {
         /// First byte.
@@ -59,7 +74,8 @@ impl Request {
             Request::Read { len, .. } => (Kind::Read, len),
             Request::Write { len, .. } => (Kind::Write, len),
             Request::Flush => (Kind::Flush, 0),
-            Request::GetId => (Kind::Other, 0),
+            Request::GetId | Request::GetLifetime => (Kind::Other, 0),
+            Request::SecureErase { len, .. } => (Kind::Other, len),
             Request::Discard { len, .. } => (Kind::Discard, len),
             Request::WriteZeroes { len, .. } => (Kind::WriteZeroes, len),
         }
@@ -147,8 +163,12 @@ pub fn parse(
         request::FLUSH => Ok(Request::Flush),
         request::GET_ID if room < ID_LEN as u64 => Err(RefusedRequest::BadLength(room)),
         request::GET_ID => Ok(Request::GetId),
-        request::DISCARD | request::WRITE_ZEROES if read_only => Err(RefusedRequest::ReadOnly),
-        request::DISCARD | request::WRITE_ZEROES => {
+        GET_LIFETIME if room < LIFETIME_LEN as u64 => Err(RefusedRequest::BadLength(room)),
+        GET_LIFETIME => Ok(Request::GetLifetime),
+        request::DISCARD | request::WRITE_ZEROES | SECURE_ERASE if read_only => {
+            Err(RefusedRequest::ReadOnly)
+        }
+        request::DISCARD | request::WRITE_ZEROES | SECURE_ERASE => {
             let range = parse_range(chain, memory, data)?;
             parse_change(kind, range, capacity)
         }
@@ -176,7 +196,7 @@ fn parse_change(kind: u32, range: RangeSegment, capacity: u64) -> Result<Request
     let flags = u32::from_le(range.flags);
     let unmap = flags & RANGE_UNMAP != 0;
     // virtio 1.3 §5.2.6.2: unknown flags, and unmap on a discard, are unsupported.
-    if flags & !RANGE_UNMAP != 0 || (kind == request::DISCARD && unmap) {
+    if flags & !RANGE_UNMAP != 0 || (kind != request::WRITE_ZEROES && unmap) {
         return Err(RefusedRequest::Unsupported(kind));
     }
     let count = u32::from_le(range.count);
@@ -185,10 +205,10 @@ fn parse_change(kind: u32, range: RangeSegment, capacity: u64) -> Result<Request
         return Err(RefusedRequest::BadLength(len));
     }
     let offset = byte_offset(u64::from_le(range.sector), u64::from(count), capacity)?;
-    Ok(if kind == request::DISCARD {
-        Request::Discard { offset, len }
-    } else {
-        Request::WriteZeroes { offset, len, unmap }
+    Ok(match kind {
+        request::DISCARD => Request::Discard { offset, len },
+        SECURE_ERASE => Request::SecureErase { offset, len },
+        _ => Request::WriteZeroes { offset, len, unmap },
     })
 }
 
@@ -207,6 +227,12 @@ impl Disk {
         chain: &OwnedChain,
         memory: &GuestMemoryMmap,
     ) -> Result<Request, RefusedRequest> {
-        parse(chain, memory, self.capacity, self.read_only)
+        match parse(chain, memory, self.capacity(), self.read_only)? {
+            // Not offered.
+            Request::SecureErase { .. } if !self.geometry.secure_erase => {
+                Err(RefusedRequest::Unsupported(SECURE_ERASE))
+            }
+            request => Ok(request),
+        }
     }
 }

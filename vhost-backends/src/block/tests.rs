@@ -1,6 +1,7 @@
 //! Tests of the parser: limits, lies and framing.
 
 use super::*;
+use crate::engine::{MemoryStore, RawFile};
 use crate::limits::{MAX_QUEUES, MAX_RANGE_SECTORS, MAX_REQUEST_BYTES};
 use crate::ring::{DeviceRing, OwnedChain, RingConfig, SplitRing};
 use pv_abi::virtio::block::{RequestHeader, feature, request, status};
@@ -80,6 +81,7 @@ fn requests_and_refusals() {
     let past_end = |sector, sectors| Err(No::PastEnd { sector, sectors });
     let with_data = |kind, sector, len: usize| [header(kind, sector), vec![7; len]].concat();
     let (w0, d) = (request::WRITE_ZEROES, request::DISCARD);
+    let (request_lifetime, erase) = (super::request::GET_LIFETIME, super::request::SECURE_ERASE);
     type Case = (&'static str, Vec<u8>, u32, Result<Request, No>);
     let cases: Vec<Case> = vec![
         (
@@ -190,6 +192,33 @@ fn requests_and_refusals() {
             }),
         ),
         (
+            "lifetime",
+            header(request_lifetime, 0),
+            7,
+            Ok(Request::GetLifetime),
+        ),
+        (
+            "lifetime without room",
+            header(request_lifetime, 0),
+            6,
+            Err(No::BadLength(5)),
+        ),
+        (
+            "secure erase",
+            range(erase, 8, 2, 0),
+            1,
+            Ok(Request::SecureErase {
+                offset: 4096,
+                len: 1024,
+            }),
+        ),
+        (
+            "secure erase with unmap",
+            range(erase, 8, 2, 1),
+            1,
+            Err(No::Unsupported(erase)),
+        ),
+        (
             "discard with unmap",
             range(d, 8, 2, 1),
             1,
@@ -286,4 +315,61 @@ fn offers_follow_the_disk() {
     assert!(device.features() & feature::RO != 0);
     assert!(device.features() & (feature::DISCARD | feature::WRITE_ZEROES) == 0);
     assert_eq!(BlockOptions::with_queues(u16::MAX).queues, MAX_QUEUES);
+}
+
+#[test]
+fn configuration_space_says_what_the_disk_is() {
+    let memory = MemoryStore::new(1 << 20).unwrap();
+    let device = BlockDevice::new(memory, BlockOptions::with_queues(2));
+    let config = device.config();
+    let u32_at = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    // virtio 1.3 §5.2.4, by offset.
+    assert_eq!(config.len(), 72);
+    assert_eq!(u32_at(0), 2048);
+    assert_eq!(u32_at(8), MAX_REQUEST_BYTES as u32);
+    assert_eq!(u32_at(20), 512);
+    assert_eq!(config[32], 1, "write-back");
+    for at in [36, 48, 60] {
+        assert_eq!(u32_at(at), MAX_RANGE_SECTORS, "{at}");
+        assert_eq!(u32_at(at + 4), 1, "{at}");
+    }
+    let secure_erase = 1 << 16;
+    assert!(device.features() & secure_erase != 0);
+}
+
+#[test]
+fn only_the_write_cache_can_be_configured() {
+    let memory = MemoryStore::new(1 << 20).unwrap();
+    let device = BlockDevice::new(memory, BlockOptions::with_queues(1));
+    assert!(device.features() & feature::CONFIG_WCE != 0);
+    for (offset, data, fits) in [
+        (32, &[0u8][..], true),
+        (32, &[1], true),
+        (32, &[2], false),
+        (32, &[], false),
+        (32, &[0, 0], false),
+        (31, &[0], false),
+        (0, &[0; 8], false),
+        (u32::MAX, &[0], false),
+    ] {
+        assert_eq!(device.write_config(offset, data).is_ok(), fits, "{offset}");
+    }
+    device.write_config(32, &[0]).unwrap();
+    assert_eq!(device.config()[32], 0);
+    device.reset();
+    assert_eq!(device.config()[32], 1);
+}
+
+#[test]
+fn capacity_follows_the_file_when_asked_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    std::fs::write(&path, vec![0; 4096]).unwrap();
+    let file = RawFile::open(&path, crate::engine::FileOptions::default()).unwrap();
+    let device = BlockDevice::new(file, BlockOptions::with_queues(1));
+    assert!(!device.refresh_capacity());
+    std::fs::write(&path, vec![0; 8192]).unwrap();
+    assert_eq!(device.config()[0], 8);
+    assert!(device.refresh_capacity());
+    assert_eq!(device.config()[0], 16);
 }

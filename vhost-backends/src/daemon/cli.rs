@@ -1,5 +1,6 @@
 //! The command line. One disk has flags; several have `--disk`, whose keys are the same flags.
 
+use super::disk::{DiskArgs, UseArgs};
 use crate::limit::Limits;
 use crate::limits::{MAX_DISKS, MAX_QUEUES};
 use crate::sandbox::{Sandbox, SandboxMode, SeccompMode};
@@ -56,15 +57,10 @@ pub(super) struct Cli {
 pub(super) struct OneDisk {
     #[command(flatten)]
     pub(super) socket: SocketArgs,
-    /// The disk image: a raw file or a block device.
-    #[arg(long, value_name = "PATH")]
-    pub(super) blk_file: Option<PathBuf>,
-    /// Refuse writes, and tell the guest so.
-    #[arg(long)]
-    pub(super) read_only: bool,
-    /// Past the host's page cache (O_DIRECT).
-    #[arg(long)]
-    pub(super) direct: bool,
+    #[command(flatten)]
+    pub(super) source: DiskArgs,
+    #[command(flatten)]
+    pub(super) how: UseArgs,
     /// Queues, each with a thread of its own.
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
@@ -131,7 +127,7 @@ impl Cli {
     pub(super) fn disks(&self) -> Result<Vec<(String, OneDisk)>, String> {
         let disks = if self.disk.is_empty() {
             vec![self.one.clone()]
-        } else if self.one.blk_file.is_some()
+        } else if self.one.source.is_given()
             || self.one.socket.fd.is_some()
             || self.one.socket.socket_path.is_some()
         {
@@ -236,10 +232,10 @@ mod tests {
         let disk = parse_keys("socket=a,,b.sock,file=x.img,read-only=on,num-queues=4,bandwidth=2M")
             .unwrap();
         assert_eq!(disk.socket.socket_path.unwrap().to_str(), Some("a,b.sock"));
-        assert_eq!(disk.blk_file.unwrap().to_str(), Some("x.img"));
-        assert_eq!((disk.read_only, disk.direct), (true, false));
+        assert!(disk.source.is_given());
+        assert_eq!((disk.how.read_only, disk.how.direct), (true, false));
         assert_eq!((disk.num_queues, disk.bandwidth), (4, 2 << 20));
-        assert!(parse_keys("direct,read-only=off").unwrap().direct);
+        assert!(parse_keys("direct,read-only=off").unwrap().how.direct);
         for (bad, why) in [
             ("color=red", "no key \"color\""),
             ("read-only=maybe", "neither on nor off"),

@@ -6,13 +6,13 @@
 
 mod admin;
 mod cli;
+mod disk;
 mod listen;
 mod notify;
 mod remover;
 mod signals;
 
 use crate::block::{BlockDevice, BlockOptions};
-use crate::engine::{FileOptions, RawFile};
 use crate::readiness::Event;
 use crate::sandbox::{Outcome, Sandbox, probe_all};
 use crate::session::{ConnectionEvent, Server, SessionEnd};
@@ -144,17 +144,8 @@ fn run(cli: &Cli) -> Result<(), String> {
 }
 
 fn open_disk(name: &str, disk: &OneDisk) -> Result<BlockDevice, String> {
-    let path = disk
-        .blk_file
-        .as_ref()
-        .ok_or("--blk-file is needed: which disk image to serve")?;
     let limits = disk.limits()?;
-    let options = FileOptions {
-        read_only: disk.read_only,
-        direct: disk.direct,
-    };
-    let file = RawFile::open(path, options)
-        .map_err(|error| format!("cannot open the disk image {}: {error}", path.display()))?;
+    let store = disk.source.open(&disk.how, disk.num_queues)?;
     let mut block = BlockOptions::with_queues(disk.num_queues);
     if disk.id.is_some() {
         block.id.fill(0);
@@ -162,7 +153,7 @@ fn open_disk(name: &str, disk: &OneDisk) -> Result<BlockDevice, String> {
             *to = from;
         }
     }
-    let device = BlockDevice::new(file, block);
+    let device = BlockDevice::on(store, block);
     device.limiter().set(limits);
     Ok(device)
 }

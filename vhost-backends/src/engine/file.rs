@@ -1,17 +1,20 @@
 //! A raw file or block device as a disk.
 
+use super::buffer::AlignedBuffer;
+use super::geometry::{self, DirectAlign, Geometry, direct_align, file_len};
+use super::transfer::chain_error;
+use super::{Engine, Store, SyncEngine, UringEngine, WakeSources};
+use crate::ring::OwnedChain;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 /// Bytes written at a time where a range cannot be zeroed in place.
-const ZERO_CHUNK: usize = 64 << 10;
-/// Alignment that O_DIRECT takes on every file system and disk of a PC.
-const DIRECT_ALIGN_SAFE: u64 = 4096;
-/// The least that O_DIRECT can need.
-const DIRECT_ALIGN_LEAST: u64 = 512;
+pub(super) const ZERO_CHUNK: usize = 64 << 10;
 
 /// How to open a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,60 +28,51 @@ pub struct FileOptions {
 /// A raw file or block device, opened.
 #[derive(Debug)]
 pub struct RawFile {
-    main: File,
-    /// Through the page cache; for requests that O_DIRECT cannot do.
-    cached: File,
+    file: File,
     options: FileOptions,
-    len: u64,
-    align: u64,
+    geometry: Geometry,
+    align: DirectAlign,
+    /// Held while a part of a block is exchanged: two parts of one block must not meet.
+    partial: Mutex<()>,
 }
 
 impl RawFile {
     /// Opens an existing file or block device.
     pub fn open(path: &Path, options: FileOptions) -> io::Result<RawFile> {
-        let open = |flags| {
-            OpenOptions::new()
-                .read(true)
-                .write(!options.read_only)
-                .custom_flags(flags)
-                .open(path)
-        };
-        let mut cached = open(0)?;
-        let kind = cached.metadata()?.file_type();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags(if options.direct { libc::O_DIRECT } else { 0 })
+            .open(path)?;
+        let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "neither a regular file nor a block device",
             ));
         }
-        let len = cached.seek(SeekFrom::End(0))?;
-        let main = if options.direct {
-            open(libc::O_DIRECT)?
-        } else {
-            cached.try_clone()?
-        };
         let align = if options.direct {
-            direct_align(&main, len)
+            direct_align(&file, file_len(&file)?)
         } else {
-            1
+            DirectAlign::NONE
         };
         Ok(RawFile {
-            main,
-            cached,
+            geometry: geometry::of_file(&file, align)?,
+            file,
             options,
-            len,
             align,
+            partial: Mutex::new(()),
         })
     }
 
-    /// Bytes when it was opened.
+    /// Bytes now.
     pub fn len(&self) -> u64 {
-        self.len
+        file_len(&self.file).unwrap_or(self.geometry.len)
     }
 
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// How it was opened.
@@ -86,21 +80,16 @@ impl RawFile {
         self.options
     }
 
-    /// What offsets, lengths and addresses must be multiples of for O_DIRECT.
-    pub fn align(&self) -> u64 {
+    pub(super) fn align(&self) -> DirectAlign {
         self.align
     }
 
-    pub(super) fn main(&self) -> &File {
-        &self.main
-    }
-
-    pub(super) fn cached(&self) -> &File {
-        &self.cached
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     pub(super) fn flush(&self) -> io::Result<()> {
-        self.main.sync_data()
+        self.file.sync_data()
     }
 
     /// A hint: where the file system cannot do it, nothing happens.
@@ -121,43 +110,123 @@ impl RawFile {
             Err(error) if is_unsupported(&error) => {}
             result => return result,
         }
-        let zeroes = [0; ZERO_CHUNK];
+        let zeroes = AlignedBuffer::new(ZERO_CHUNK);
         let mut done = 0;
         while done < len {
             // At most ZERO_CHUNK.
             let now = (len - done).min(ZERO_CHUNK as u64) as usize;
-            self.cached
-                .write_all_at(zeroes.get(..now).unwrap_or(&zeroes), offset + done)?;
+            let part = zeroes.get().get(..now).unwrap_or_default();
+            self.write_any(part, offset + done)?;
             done += now as u64;
         }
         Ok(())
     }
 
+    pub(super) fn secure_erase(&self, offset: u64, len: u64) -> io::Result<()> {
+        geometry::secure_erase(&self.file, offset, len)
+    }
+
     fn fallocate(&self, mode: FallocateMode, offset: u64, len: u64) -> io::Result<()> {
         // The file keeps its size.
-        fallocate(&self.cached, mode, true, offset, len)
+        fallocate(&self.file, mode, true, offset, len)
             .map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
-}
 
-/// Finds the alignment by trying: what a file system and its disk need together is not in one
-/// place on older kernels.
-fn direct_align(file: &File, len: u64) -> u64 {
-    if len < 2 * DIRECT_ALIGN_SAFE {
-        return DIRECT_ALIGN_SAFE;
+    /// The blocks that a range touches: the first byte of the first, and their bytes.
+    pub(super) fn around(&self, offset: u64, len: u64) -> (u64, u64) {
+        let align = self.align.offset;
+        let start = offset - offset % align;
+        // The range lies within the disk, so this does not wrap.
+        (start, (offset + len).next_multiple_of(align) - start)
     }
-    let mut buffer = vec![0u8; 3 * DIRECT_ALIGN_SAFE as usize];
-    let base = buffer.as_ptr() as usize as u64;
-    let least = DIRECT_ALIGN_LEAST;
-    // An address and an offset that are multiples of the least alignment and of nothing greater.
-    let start = (base.next_multiple_of(DIRECT_ALIGN_SAFE) - base + least) as usize;
-    let works = buffer
-        .get_mut(start..start + least as usize)
-        .is_some_and(|probe| file.read_at(probe, least).is_ok());
-    if works { least } else { DIRECT_ALIGN_SAFE }
+
+    /// Writes guest bytes that do not begin and end with a block.
+    pub(super) fn write_partial(
+        &self,
+        memory: &GuestMemoryMmap,
+        chain: &OwnedChain,
+        from: u64,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut bytes = vec![0; len];
+        chain
+            .read_at(memory, from, &mut bytes)
+            .map_err(chain_error)?;
+        self.write_any(&bytes, offset)
+    }
+
+    /// Writes, whatever the alignment: blocks that are written in part are read first.
+    fn write_any(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if self.align == DirectAlign::NONE {
+            return self.file.write_all_at(bytes, offset);
+        }
+        let (start, size) = self.around(offset, bytes.len() as u64);
+        let mut buffer =
+            AlignedBuffer::new(usize::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?);
+        let _guard = self.partial.lock().unwrap_or_else(PoisonError::into_inner);
+        let len = file_len(&self.file)?;
+        let blocks = buffer.get_mut();
+        let skip = usize::try_from(offset - start).map_err(|_| io::ErrorKind::InvalidInput)?;
+        if size != bytes.len() as u64 {
+            read_what_there_is(&self.file, blocks, start)?;
+        }
+        blocks
+            .get_mut(skip..skip + bytes.len())
+            .ok_or(io::ErrorKind::InvalidInput)?
+            .copy_from_slice(bytes);
+        self.file.write_all_at(blocks, start)?;
+        if start + size > len && offset + bytes.len() as u64 <= len {
+            // The last block reached past the end of the file, which stays where it was.
+            self.file.set_len(len)?;
+        }
+        Ok(())
+    }
 }
 
-fn is_unsupported(error: &io::Error) -> bool {
+/// Reads up to the end of the file; the rest stays zero.
+fn read_what_there_is(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, offset + done as u64) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // What follows a short read need not be aligned, and is past the end.
+            Err(error) if done > 0 && error.raw_os_error() == Some(libc::EINVAL) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+impl Store for RawFile {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            len: self.len(),
+            ..self.geometry
+        }
+    }
+
+    fn read_only(&self) -> bool {
+        self.options.read_only
+    }
+
+    fn open_engine(
+        self: Arc<Self>,
+        memory: Arc<GuestMemoryMmap>,
+        wake: WakeSources<'_>,
+    ) -> io::Result<Box<dyn Engine>> {
+        match UringEngine::new(Arc::clone(&self), Arc::clone(&memory), wake) {
+            Ok(engine) => Ok(Box::new(engine)),
+            // Refused by a sysctl, a seccomp filter, or a memory limit.
+            Err(_) => Ok(Box::new(SyncEngine::new(self, memory, wake)?)),
+        }
+    }
+}
+
+pub(super) fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL)

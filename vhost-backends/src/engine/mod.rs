@@ -5,12 +5,25 @@
 //! in that queue's thread, and also does its sleeping, so that a worker makes at most one
 //! blocking system call for each time it has nothing to do.
 //!
-//! | engine | is |
-//! |---|---|
-//! | [`UringEngine`] | tries the page cache inline, io_uring for the rest; O_DIRECT by io_uring |
-//! | [`SyncEngine`] | plain system calls, where io_uring is refused |
+//! | store | is | its engine |
+//! |---|---|---|
+//! | [`RawFile`] | a raw file or block device | [`UringEngine`]: tries the page cache inline, io_uring for the rest; [`SyncEngine`], plain system calls, where io_uring is refused |
+//! | [`MemoryStore`] | memory of this process | inline copies |
+//! | [`NullStore`] | nothing: reads leave the buffers as they are | inline |
+//! | [`BlockingStore`] | any [`BlockingDisk`] | a few threads for each queue |
+//! | [`Qcow2Disk`] | a qcow2 image with its backing files, or an overlay | as a [`BlockingDisk`] |
+//! | [`NbdStore`] | an export of an NBD server | one connection for each queue |
 
+mod buffer;
 mod file;
+mod geometry;
+mod memory;
+mod nbd;
+mod null;
+mod pool;
+mod qcow2;
+mod qcow2_check;
+mod sleep;
 mod sync;
 #[cfg(test)]
 mod tests;
@@ -18,6 +31,12 @@ mod transfer;
 mod uring;
 
 pub use file::{FileOptions, RawFile};
+pub use geometry::{Geometry, Lifetime};
+pub use memory::MemoryStore;
+pub use nbd::{NbdAddress, NbdError, NbdStore};
+pub use null::NullStore;
+pub use pool::{BlockingDisk, BlockingStore};
+pub use qcow2::{Qcow2Disk, create_overlay};
 pub use sync::SyncEngine;
 pub use uring::UringEngine;
 
@@ -30,6 +49,30 @@ use vm_memory::GuestMemoryMmap;
 
 /// How long an engine sleeps that cannot wait with a limit.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// A disk that all queues of a device share.
+pub trait Store: Send + Sync + std::fmt::Debug {
+    /// Its size and shape now. Asked again when the disk may have been resized.
+    fn geometry(&self) -> Geometry;
+
+    /// Whether it must not be written.
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    /// Queues that it can serve at a time, if that is limited.
+    fn max_queues(&self) -> Option<u16> {
+        None
+    }
+
+    /// An engine for one queue. Called in the thread that will use it. The descriptors in `wake`
+    /// stay open as long as the engine exists.
+    fn open_engine(
+        self: Arc<Self>,
+        memory: Arc<GuestMemoryMmap>,
+        wake: WakeSources<'_>,
+    ) -> io::Result<Box<dyn Engine>>;
+}
 
 /// One thing to do on a disk. Offsets and lengths of the disk are in bytes.
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +114,13 @@ pub enum Operation<'c> {
         len: u64,
         /// The space may be given back.
         unmap: bool,
+    },
+    /// Nobody can read the range's content after this, with whatever means.
+    SecureErase {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
     },
 }
 
@@ -131,17 +181,4 @@ pub struct WakeSources<'f> {
     pub kick: BorrowedFd<'f>,
     /// Stays readable once set.
     pub stop: BorrowedFd<'f>,
-}
-
-/// The best engine that this host allows, on `file`. Called in the thread that will use it.
-pub fn open_engine(
-    file: Arc<RawFile>,
-    memory: Arc<GuestMemoryMmap>,
-    wake: WakeSources<'_>,
-) -> io::Result<Box<dyn Engine>> {
-    match UringEngine::new(Arc::clone(&file), Arc::clone(&memory), wake) {
-        Ok(engine) => Ok(Box::new(engine)),
-        // Refused by a sysctl, a seccomp filter, or a memory limit.
-        Err(_) => Ok(Box::new(SyncEngine::new(file, memory, wake)?)),
-    }
 }

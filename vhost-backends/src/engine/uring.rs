@@ -1,16 +1,20 @@
 //! io_uring, with the page cache tried inline first.
 //!
 //! A read that the page cache holds costs one `preadv2(RWF_NOWAIT)`, less than a trip through a
-//! submission queue; one that it does not hold goes to the ring, as does every O_DIRECT request
-//! and every flush. The ring also polls the kick and the stop event, so that the worker sleeps in
+//! submission queue; one that it does not hold goes to the ring, as does every O_DIRECT request,
+//! every flush, and what the host may take long for: discards and zeroes. What O_DIRECT does not
+//! take goes through a buffer of our own. The ring also polls the kick and the stop event, so that the worker sleeps in
 //! one place. The polls are multishot and edge-like: the kick is never read.
 #![allow(unsafe_code)]
 // UNSAFETY: entries of the submission queue carry addresses that the kernel uses until they
 // complete.
 
+use super::buffer::AlignedBuffer;
+use super::file::{ZERO_CHUNK, is_unsupported};
 use super::transfer::{Direction, Transfer, chain_error};
 use super::{Engine, Finished, Operation, RawFile, Token, Wake, WakeSources};
 use crate::limits::MAX_IN_FLIGHT;
+use crate::ring::OwnedChain;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -22,16 +26,45 @@ use vm_memory::GuestMemoryMmap;
 const ENTRIES: u32 = (MAX_IN_FLIGHT as u32 + 2).next_power_of_two();
 const USER_KICK: u64 = u64::MAX;
 const USER_STOP: u64 = u64::MAX - 1;
-/// Index of the registered descriptors.
-const FIXED_MAIN: types::Fixed = types::Fixed(0);
-const FIXED_CACHED: types::Fixed = types::Fixed(1);
+/// Index of the registered descriptor.
+const FIXED: types::Fixed = types::Fixed(0);
 
 #[derive(Debug, Default)]
 struct Slot {
     busy: bool,
-    flush: bool,
-    cached: bool,
+    work: Work,
     transfer: Transfer,
+}
+
+/// What a slot is at.
+#[derive(Debug, Default)]
+enum Work {
+    /// The slot's transfer, of guest memory.
+    #[default]
+    Direct,
+    /// The slot's transfer, of this buffer.
+    Bounced(Bounce),
+    Flush,
+    Discard(Range),
+    /// Zeroes by the file system; where it cannot, by writing them.
+    WriteZeroes(Range, bool),
+    /// Zeroes that are written; the slot's transfer is of the engine's zeroes.
+    Zeroing(Range),
+}
+
+/// Bytes of the disk.
+#[derive(Clone, Copy, Debug)]
+struct Range {
+    offset: u64,
+    len: u64,
+}
+
+/// A buffer between the guest and the disk.
+#[derive(Debug)]
+struct Bounce {
+    buffer: AlignedBuffer,
+    /// For a read: where its bytes go, the first of them in the buffer, and how many.
+    target: Option<(OwnedChain, usize, usize)>,
 }
 
 /// io_uring and inline attempts, on one raw file.
@@ -41,6 +74,8 @@ pub struct UringEngine {
     /// Keeps mapped what operations in flight point to.
     memory: Arc<GuestMemoryMmap>,
     slots: Vec<Slot>,
+    /// What zeroes are written from; made at the first use.
+    zeroes: Option<AlignedBuffer>,
     in_flight: usize,
     /// Whether the file system answers `RWF_NOWAIT`.
     try_cache: bool,
@@ -67,8 +102,8 @@ impl UringEngine {
         wake: WakeSources<'_>,
     ) -> io::Result<UringEngine> {
         let ring = build_ring()?;
-        let fds = [file.main().as_raw_fd(), file.cached().as_raw_fd()];
-        ring.submitter().register_files(&fds)?;
+        let submitter = ring.submitter();
+        submitter.register_files(&[file.file().as_raw_fd()])?;
         let mut engine = UringEngine {
             ring,
             try_cache: !file.options().direct,
@@ -77,6 +112,7 @@ impl UringEngine {
             slots: std::iter::repeat_with(Slot::default)
                 .take(MAX_IN_FLIGHT)
                 .collect(),
+            zeroes: None,
             in_flight: 0,
             stop: false,
             kick_fd: wake.kick.as_raw_fd(),
@@ -119,38 +155,28 @@ impl UringEngine {
         let Some(slot) = self.slots.get(usize::from(token)) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let file = if slot.cached {
-            FIXED_CACHED
-        } else {
-            FIXED_MAIN
+        let fallocate = |range: &Range, mode| {
+            // The file keeps its size.
+            opcode::Fallocate::new(FIXED, range.len)
+                .offset(range.offset)
+                .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
+                .build()
         };
-        let iovecs = slot.transfer.iovecs();
-        let offset = slot.transfer.offset();
-        let entry = match (iovecs, slot.transfer.direction()) {
-            _ if slot.flush => opcode::Fsync::new(file)
+        let entry = match &slot.work {
+            Work::Flush => opcode::Fsync::new(FIXED)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
-            ([one], Direction::Read) if u32::try_from(one.iov_len).is_ok() => {
-                opcode::Read::new(file, one.iov_base.cast(), one.iov_len as u32)
-                    .offset(offset)
-                    .build()
+            Work::Discard(range) | Work::WriteZeroes(range, true) => {
+                fallocate(range, libc::FALLOC_FL_PUNCH_HOLE)
             }
-            ([one], Direction::Write) if u32::try_from(one.iov_len).is_ok() => {
-                opcode::Write::new(file, one.iov_base.cast(), one.iov_len as u32)
-                    .offset(offset)
-                    .build()
-            }
-            (many, Direction::Read) => opcode::Readv::new(file, many.as_ptr(), many.len() as u32)
-                .offset(offset)
-                .build(),
-            (many, Direction::Write) => opcode::Writev::new(file, many.as_ptr(), many.len() as u32)
-                .offset(offset)
-                .build(),
+            Work::WriteZeroes(range, false) => fallocate(range, libc::FALLOC_FL_ZERO_RANGE),
+            Work::Direct | Work::Bounced(_) | Work::Zeroing(_) => transfer_entry(&slot.transfer),
         };
         let entry = entry.user_data(u64::from(token));
-        // SAFETY: the buffers are guest memory, mapped as long as `self.memory`; the iovecs are
-        // in the slot, which is not touched while it is busy. The engine is dropped only after
-        // everything in flight has completed.
+        // SAFETY: the buffers are guest memory, mapped as long as `self.memory`, or a buffer in
+        // the slot or in `self.zeroes`, whose bytes do not move; the iovecs are in the slot. The
+        // slot is not touched while it is busy. The engine is dropped only after everything in
+        // flight has completed.
         unsafe { self.push(&entry) }
     }
 
@@ -161,18 +187,16 @@ impl UringEngine {
             .get_mut(usize::from(token))
             .filter(|slot| !slot.busy)
             .ok_or(io::ErrorKind::InvalidInput)?;
-        slot.flush = false;
-        slot.cached = false;
-        match operation {
-            Operation::Discard { offset, len } => {
-                self.file.discard(offset, len)?;
-                return Ok(true);
+        slot.work = match operation {
+            // Rare, and there is no io_uring operation for it.
+            Operation::SecureErase { offset, len } => {
+                return self.file.secure_erase(offset, len).map(|()| true);
             }
+            Operation::Discard { offset, len } => Work::Discard(Range { offset, len }),
             Operation::WriteZeroes { offset, len, unmap } => {
-                self.file.write_zeroes(offset, len, unmap)?;
-                return Ok(true);
+                Work::WriteZeroes(Range { offset, len }, unmap)
             }
-            Operation::Flush => slot.flush = true,
+            Operation::Flush => Work::Flush,
             Operation::Read { .. } | Operation::Write { .. } => {
                 slot.transfer
                     .prepare(&self.memory, operation)
@@ -180,20 +204,93 @@ impl UringEngine {
                 if slot.transfer.is_done() {
                     return Ok(true);
                 }
-                slot.cached = !slot.transfer.is_aligned(align);
                 if self.try_cache
                     && try_inline(&mut slot.transfer, &self.file, &mut self.try_cache)?
                 {
                     return Ok(true);
                 }
+                if slot.transfer.is_aligned(align) {
+                    Work::Direct
+                } else {
+                    let file = &self.file;
+                    match Bounce::new(file, &self.memory, &mut slot.transfer, operation)? {
+                        Some(bounce) => Work::Bounced(bounce),
+                        None => return Ok(true),
+                    }
+                }
             }
-        }
+        };
         self.queue(token)?;
         if let Some(slot) = self.slots.get_mut(usize::from(token)) {
             slot.busy = true;
             self.in_flight += 1;
         }
         Ok(false)
+    }
+
+    /// What a slot has to do after the host said `result`: `None` is more of the same.
+    fn advance(&mut self, token: Token, result: i32) -> Option<io::Result<()>> {
+        let slot = self.slots.get_mut(usize::from(token))?;
+        let error = io::Error::from_raw_os_error(result.wrapping_neg());
+        let Ok(n) = usize::try_from(result) else {
+            return match (&slot.work, error.raw_os_error()) {
+                (_, Some(libc::EINTR | libc::EAGAIN)) => None,
+                // A hint: where the file system cannot do it, nothing happens.
+                (Work::Discard(_), _) if is_unsupported(&error) => Some(Ok(())),
+                (Work::WriteZeroes(range, _), _) if is_unsupported(&error) => {
+                    let range = *range;
+                    if !range.offset.is_multiple_of(self.file.align().offset)
+                        || !range.len.is_multiple_of(self.file.align().offset)
+                    {
+                        return Some(self.file.write_zeroes(range.offset, range.len, false));
+                    }
+                    slot.work = Work::Zeroing(range);
+                    self.zero_next(token)
+                }
+                _ => Some(Err(error)),
+            };
+        };
+        match &mut slot.work {
+            Work::Flush | Work::Discard(_) | Work::WriteZeroes(..) => Some(Ok(())),
+            Work::Direct => match slot.transfer.advance(n) {
+                Ok(()) if !slot.transfer.is_done() => None,
+                result => Some(result),
+            },
+            Work::Bounced(bounce) => match slot.transfer.advance(n) {
+                Ok(()) if !slot.transfer.is_done() => None,
+                Ok(()) => Some(bounce.deliver(&self.memory)),
+                result => Some(result),
+            },
+            Work::Zeroing(range) => {
+                if n == 0 {
+                    return Some(Err(io::ErrorKind::WriteZero.into()));
+                }
+                let done = (n as u64).min(range.len);
+                range.offset += done;
+                range.len -= done;
+                self.zero_next(token)
+            }
+        }
+    }
+
+    /// Prepares the next chunk of zeroes; `Some` once there is none.
+    fn zero_next(&mut self, token: Token) -> Option<io::Result<()>> {
+        let zeroes = self
+            .zeroes
+            .get_or_insert_with(|| AlignedBuffer::new(ZERO_CHUNK));
+        let slot = self.slots.get_mut(usize::from(token))?;
+        let Work::Zeroing(range) = &slot.work else {
+            return Some(Ok(()));
+        };
+        if range.len == 0 {
+            return Some(Ok(()));
+        }
+        // At most ZERO_CHUNK.
+        let len = range.len.min(ZERO_CHUNK as u64) as usize;
+        let chunk = zeroes.get_mut().get_mut(..len).unwrap_or_default();
+        slot.transfer
+            .prepare_buffer(Direction::Write, chunk, range.offset, len as u64);
+        None
     }
 
     /// Handles one completion: goes on with a short one, or gives its end.
@@ -213,28 +310,101 @@ impl UringEngine {
             }
             return Ok(None);
         }
-        let Some((token, slot)) = Token::try_from(user)
-            .ok()
-            .and_then(|token| Some((token, self.slots.get_mut(usize::from(token))?)))
+        let Some(token) = Token::try_from(user).ok().filter(|t| self.is_busy(*t)) else {
+            return Ok(None);
+        };
+        let Some(result) = self.advance(token, entry.result()) else {
+            self.queue(token)?;
+            return Ok(None);
+        };
+        if let Some(slot) = self.slots.get_mut(usize::from(token)) {
+            slot.busy = false;
+            // Gives a buffer back.
+            slot.work = Work::Direct;
+        }
+        self.in_flight -= 1;
+        Ok(Some(Finished { token, result }))
+    }
+
+    fn is_busy(&self, token: Token) -> bool {
+        self.slots
+            .get(usize::from(token))
+            .is_some_and(|slot| slot.busy)
+    }
+}
+
+impl Bounce {
+    /// Puts a buffer between; `None` if it is done already.
+    fn new(
+        file: &RawFile,
+        memory: &GuestMemoryMmap,
+        transfer: &mut Transfer,
+        operation: Operation<'_>,
+    ) -> io::Result<Option<Bounce>> {
+        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let (Operation::Read { offset, len, .. } | Operation::Write { offset, len, .. }) =
+            operation
         else {
             return Ok(None);
         };
-        let result = match usize::try_from(entry.result()) {
-            Ok(_) if slot.flush => Ok(()),
-            Ok(n) => slot.transfer.advance(n),
-            Err(_) => Err(io::Error::from_raw_os_error(-entry.result())),
-        };
-        let again = match &result {
-            Ok(()) => !slot.flush && !slot.transfer.is_done(),
-            Err(error) => matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)),
-        };
-        if again {
-            self.queue(token)?;
+        let (start, size) = file.around(offset, len);
+        if let Operation::Write { chain, from, .. } = operation
+            && (start, size) != (offset, len)
+        {
+            // Reads a block, changes a part and writes it: rare enough to wait for it.
+            file.write_partial(memory, chain, from, offset, len)?;
             return Ok(None);
         }
-        slot.busy = false;
-        self.in_flight -= 1;
-        Ok(Some(Finished { token, result }))
+        let mut buffer = AlignedBuffer::new(usize::try_from(size).map_err(invalid)?);
+        let skip = usize::try_from(offset - start).map_err(invalid)?;
+        let bytes = usize::try_from(len).map_err(invalid)?;
+        let (direction, target) = match operation {
+            Operation::Read { chain, .. } => {
+                (Direction::Read, Some((chain.clone(), skip, skip + bytes)))
+            }
+            Operation::Write { chain, from, .. } => {
+                chain
+                    .read_at(memory, from, buffer.get_mut())
+                    .map_err(chain_error)?;
+                (Direction::Write, None)
+            }
+            _ => return Ok(None),
+        };
+        // The last block may reach past the end of the file.
+        let need = offset - start + len;
+        transfer.prepare_buffer(direction, buffer.get_mut(), start, need);
+        Ok(Some(Bounce { buffer, target }))
+    }
+
+    /// Gives the guest what was read.
+    fn deliver(&self, memory: &GuestMemoryMmap) -> io::Result<()> {
+        let Some((chain, from, to)) = &self.target else {
+            return Ok(());
+        };
+        let data = self.buffer.get().get(*from..*to).unwrap_or_default();
+        chain.write_at(memory, 0, data).map_err(chain_error)
+    }
+}
+
+fn transfer_entry(transfer: &Transfer) -> squeue::Entry {
+    let offset = transfer.offset();
+    match (transfer.iovecs(), transfer.direction()) {
+        ([one], Direction::Read) if u32::try_from(one.iov_len).is_ok() => {
+            opcode::Read::new(FIXED, one.iov_base.cast(), one.iov_len as u32)
+                .offset(offset)
+                .build()
+        }
+        ([one], Direction::Write) if u32::try_from(one.iov_len).is_ok() => {
+            opcode::Write::new(FIXED, one.iov_base.cast(), one.iov_len as u32)
+                .offset(offset)
+                .build()
+        }
+        (many, Direction::Read) => opcode::Readv::new(FIXED, many.as_ptr(), many.len() as u32)
+            .offset(offset)
+            .build(),
+        (many, Direction::Write) => opcode::Writev::new(FIXED, many.as_ptr(), many.len() as u32)
+            .offset(offset)
+            .build(),
     }
 }
 
@@ -299,6 +469,7 @@ impl Drop for UringEngine {
             if self.wait(&mut finished).is_err() {
                 // The ring cannot be waited for. Leaking what it points to is the only safe end.
                 std::mem::forget(std::mem::take(&mut self.slots));
+                std::mem::forget(self.zeroes.take());
                 std::mem::forget(Arc::clone(&self.memory));
                 return;
             }
@@ -314,7 +485,7 @@ fn try_inline(transfer: &mut Transfer, file: &RawFile, try_cache: &mut bool) -> 
         // A buffered write is a copy; file systems do not take it with NOWAIT.
         Direction::Write => 0,
     };
-    match transfer.run_once(file.main(), flags) {
+    match transfer.run_once(file.file(), flags) {
         Ok(()) => Ok(transfer.is_done()),
         Err(error) => match error.raw_os_error() {
             Some(libc::EAGAIN | libc::EINTR) => Ok(false),

@@ -92,10 +92,14 @@ pub(super) fn no_new_privs() -> io::Result<String> {
 }
 
 /// Fixes the number of heaps, which the C library would otherwise derive from files in `/sys` when
-/// the second thread allocates.
+/// the second thread allocates. Keeps them from being cut short when much was freed, before which
+/// it would read a file in `/proc`: large buffers are mappings of their own and are given back.
 pub(super) fn settle_allocator() {
     // SAFETY: mallopt takes no pointer; there is one thread.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, MOST_HEAPS) };
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, MOST_HEAPS);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+    }
 }
 
 fn prctl(option: libc::c_int, argument: libc::c_ulong) -> io::Result<()> {

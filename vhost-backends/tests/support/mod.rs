@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vhost_backends::block::{BlockDevice, BlockOptions};
-use vhost_backends::engine::{FileOptions, RawFile};
+use vhost_backends::engine::{FileOptions, RawFile, Store};
 use vhost_backends::session::{Server, ServerHandle};
 use virtio_driver::{
     VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
@@ -45,6 +45,20 @@ impl Disk {
         let handle = Server::spawn(device.clone(), listener).unwrap();
         (handle, device)
     }
+}
+
+/// Serves any store on a socket in `dir`.
+pub(crate) fn serve_store(
+    dir: &Path,
+    store: Arc<dyn Store>,
+    queues: u16,
+) -> (PathBuf, ServerHandle, Arc<BlockDevice>) {
+    let socket = dir.join("store.sock");
+    let _ = std::fs::remove_file(&socket);
+    let device = Arc::new(BlockDevice::on(store, BlockOptions::with_queues(queues)));
+    let listener = UnixListener::bind(&socket).unwrap();
+    let handle = Server::spawn(device.clone(), listener).unwrap();
+    (socket, handle, device)
 }
 
 pub(crate) const FEATURES: u64 = VirtioFeatureFlags::VERSION_1.bits()

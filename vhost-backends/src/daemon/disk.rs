@@ -1,0 +1,185 @@
+//! Which disk is served.
+
+use crate::engine::{
+    BlockingStore, FileOptions, MemoryStore, NbdAddress, NbdStore, NullStore, Qcow2Disk, RawFile,
+    Store, create_overlay,
+};
+use clap::{Args, ValueEnum};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Where the disk's bytes are.
+#[derive(Args, Clone, Debug)]
+#[group(multiple = false)]
+pub(super) struct DiskArgs {
+    /// The disk image: a raw file, a block device, or what --format says.
+    #[arg(long, value_name = "PATH")]
+    blk_file: Option<PathBuf>,
+    /// An export of an NBD server: unix:PATH or unix:PATH:EXPORT.
+    #[arg(long, value_name = "ADDRESS")]
+    nbd: Option<NbdAddress>,
+    /// A disk of this size in memory, gone with the program (512M, 4G).
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// A disk of this size that forgets what is written (512M, 4G).
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    null: Option<u64>,
+}
+
+/// How the disk is used.
+#[derive(Args, Clone, Debug)]
+pub(super) struct UseArgs {
+    /// The image's format. It is never guessed: a guest could write another one's header.
+    #[arg(long, value_enum, default_value_t, requires = "blk_file")]
+    format: ImageFormat,
+    /// Keep writes in this qcow2 file, and --blk-file as it is; made if it is not there.
+    #[arg(long, value_name = "PATH", requires = "blk_file")]
+    overlay: Option<PathBuf>,
+    /// Refuse writes, and tell the guest so.
+    #[arg(long)]
+    pub(super) read_only: bool,
+    /// Past the host's page cache (O_DIRECT).
+    #[arg(long)]
+    pub(super) direct: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum ImageFormat {
+    /// The bytes of the disk, one after the other.
+    #[default]
+    Raw,
+    /// QEMU's image format, versions 2 and 3, with backing files.
+    Qcow2,
+}
+
+/// A number of bytes, with K, M, G or T for powers of 1024.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let split = text.len() - usize::from(text.ends_with(|c: char| c.is_ascii_alphabetic()));
+    let (number, unit) = text.split_at(split);
+    let shift = match unit {
+        "" => 0,
+        "k" | "K" => 10,
+        "m" | "M" => 20,
+        "g" | "G" => 30,
+        "t" | "T" => 40,
+        _ => return Err("the unit is not K, M, G or T".into()),
+    };
+    let number: u64 = number.parse().map_err(|error| format!("{error}"))?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| i64::try_from(*bytes).is_ok())
+        .ok_or_else(|| "too large".into())
+}
+
+impl DiskArgs {
+    /// Whether any disk was named.
+    pub(super) fn is_given(&self) -> bool {
+        self.blk_file.is_some()
+            || self.nbd.is_some()
+            || self.memory.is_some()
+            || self.null.is_some()
+    }
+
+    /// Opens it. The error is a sentence.
+    pub(super) fn open(&self, how: &UseArgs, queues: u16) -> Result<Arc<dyn Store>, String> {
+        let options = FileOptions {
+            read_only: how.read_only,
+            direct: how.direct,
+        };
+        if let Some(path) = &self.blk_file {
+            return match &how.overlay {
+                Some(overlay) => open_overlay(overlay, path, how.format, options),
+                None => open_image(path, how.format, options),
+            };
+        }
+        if let Some(address) = &self.nbd {
+            let store =
+                NbdStore::connect(address.clone(), queues, how.read_only).map_err(|error| {
+                    let shown = address.socket.display();
+                    format!("cannot use the NBD server at {shown}: {}", chained(&error))
+                })?;
+            return Ok(Arc::new(store));
+        }
+        if let Some(bytes) = self.memory {
+            let store = MemoryStore::new(bytes)
+                .map_err(|error| format!("cannot make a disk in memory: {error}"))?;
+            return Ok(Arc::new(store));
+        }
+        match self.null {
+            Some(bytes) => Ok(Arc::new(NullStore::new(bytes))),
+            None => Err(
+                "--blk-file is needed, or --nbd, --memory or --null: which disk to serve".into(),
+            ),
+        }
+    }
+}
+
+fn open_image(
+    path: &Path,
+    format: ImageFormat,
+    options: FileOptions,
+) -> Result<Arc<dyn Store>, String> {
+    let store: std::io::Result<Arc<dyn Store>> = match format {
+        ImageFormat::Raw => RawFile::open(path, options).map(|file| Arc::new(file) as _),
+        ImageFormat::Qcow2 => {
+            Qcow2Disk::open(path, options).map(|disk| Arc::new(BlockingStore::new(disk)) as _)
+        }
+    };
+    store.map_err(|error| format!("cannot open the disk image {}: {error}", path.display()))
+}
+
+fn open_overlay(
+    overlay: &Path,
+    base: &Path,
+    format: ImageFormat,
+    options: FileOptions,
+) -> Result<Arc<dyn Store>, String> {
+    if !overlay.exists() {
+        create_overlay(overlay, base, format == ImageFormat::Qcow2).map_err(|error| {
+            format!(
+                "cannot make the overlay {} on {}: {error}",
+                overlay.display(),
+                base.display()
+            )
+        })?;
+    }
+    let qcow2 = format == ImageFormat::Qcow2;
+    match Qcow2Disk::open_overlay(overlay, base, qcow2, options) {
+        Ok(disk) => Ok(Arc::new(BlockingStore::new(disk))),
+        Err(error) => Err(format!(
+            "cannot open the overlay {} on {}: {error}",
+            overlay.display(),
+            base.display()
+        )),
+    }
+}
+
+fn chained(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("3M"), Ok(3 << 20));
+        assert_eq!(parse_size("1T"), Ok(1 << 40));
+        for bad in [
+            "",
+            "M",
+            "-1",
+            "1X",
+            "99999999999T",
+            "9223372036854775808",
+            "1é",
+        ] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! A disk that an NBD server has: a file elsewhere, or anything that nbdkit can serve.
+//!
+//! Connections are made, and handshakes done, when the store is opened, one for each queue, so that a
+//! daemon may give up the right to make sockets afterwards. A connection that breaks takes what
+//! was in flight on it with it: those requests fail, and so do later ones of that queue.
+//!
+//! | file | does |
+//! |---|---|
+//! | `handshake` | fixed newstyle negotiation, up to transmission |
+//! | `engine` | requests and simple replies, straight from and to guest memory |
+
+mod engine;
+mod handshake;
+
+use super::{Engine, Geometry, Store, WakeSources};
+use engine::NbdEngine;
+use handshake::{Export, negotiate};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use vm_memory::GuestMemoryMmap;
+
+use crate::limits::NBD_HANDSHAKE_SECS;
+
+/// Where an export is: `unix:PATH` or `unix:PATH:EXPORT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdAddress {
+    /// The server's socket.
+    pub socket: PathBuf,
+    /// The export's name; the default one is empty.
+    pub export: String,
+}
+
+impl std::str::FromStr for NbdAddress {
+    type Err = NbdError;
+
+    fn from_str(text: &str) -> Result<NbdAddress, NbdError> {
+        let rest = text.strip_prefix("unix:").ok_or(NbdError::Address)?;
+        let (socket, export) = rest.split_once(':').unwrap_or((rest, ""));
+        if socket.is_empty() || export.len() > handshake::MAX_NAME {
+            return Err(NbdError::Address);
+        }
+        Ok(NbdAddress {
+            socket: socket.into(),
+            export: export.into(),
+        })
+    }
+}
+
+/// Why an export cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum NbdError {
+    /// Not `unix:PATH[:EXPORT]`.
+    #[error("not of the form unix:PATH or unix:PATH:EXPORT")]
+    Address,
+    /// The socket failed, or the server took too long.
+    #[error("the connection failed")]
+    Connection(#[from] io::Error),
+    /// It does not speak the newstyle protocol.
+    #[error("not an NBD server of the fixed newstyle protocol")]
+    NotNbd,
+    /// It said no.
+    #[error("the server refuses the export: {0}")]
+    Refused(String),
+    /// It broke the protocol.
+    #[error("the server broke the protocol: {0}")]
+    Protocol(&'static str),
+    /// Several queues, and a server that allows one connection only.
+    #[error("the server allows one connection only; use one queue")]
+    OneConnection,
+}
+
+/// An export of an NBD server.
+#[derive(Debug)]
+pub struct NbdStore {
+    export: Export,
+    read_only: bool,
+    /// Connections that no queue uses now.
+    idle: Mutex<Vec<UnixStream>>,
+}
+
+impl NbdStore {
+    /// Connects, once for each queue.
+    pub fn connect(
+        address: NbdAddress,
+        queues: u16,
+        read_only: bool,
+    ) -> Result<NbdStore, NbdError> {
+        let (first, export) = connect(&address)?;
+        if queues > 1 && !export.multi_conn {
+            return Err(NbdError::OneConnection);
+        }
+        let mut idle = vec![first];
+        for _ in 1..queues {
+            let (stream, again) = connect(&address)?;
+            if again != export {
+                return Err(NbdError::Protocol("the export changed"));
+            }
+            idle.push(stream);
+        }
+        Ok(NbdStore {
+            read_only: read_only || export.read_only,
+            export,
+            idle: Mutex::new(idle),
+        })
+    }
+
+    /// A connection that nothing uses. There is no new one for one that broke: the process may
+    /// not be allowed to make sockets any more.
+    fn take(&self) -> Option<UnixStream> {
+        self.idle().pop()
+    }
+
+    /// Takes a connection back that has nothing in flight.
+    fn give_back(&self, stream: UnixStream) {
+        self.idle().push(stream);
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<UnixStream>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn connect(address: &NbdAddress) -> Result<(UnixStream, Export), NbdError> {
+    let stream = UnixStream::connect(&address.socket)?;
+    let limit = Some(Duration::from_secs(NBD_HANDSHAKE_SECS));
+    stream.set_read_timeout(limit)?;
+    stream.set_write_timeout(limit)?;
+    let export = negotiate(&stream, &address.export)?;
+    stream.set_nonblocking(true)?;
+    Ok((stream, export))
+}
+
+impl Store for NbdStore {
+    fn geometry(&self) -> Geometry {
+        let block = self.export.block_min.max(512);
+        Geometry {
+            logical_block: block,
+            physical_block: self.export.block_preferred.max(block),
+            discard: self.export.trim,
+            ..Geometry::plain(self.export.len)
+        }
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn max_queues(&self) -> Option<u16> {
+        (!self.export.multi_conn).then_some(1)
+    }
+
+    fn open_engine(
+        self: Arc<Self>,
+        memory: Arc<GuestMemoryMmap>,
+        wake: WakeSources<'_>,
+    ) -> io::Result<Box<dyn Engine>> {
+        Ok(Box::new(NbdEngine::new(self, memory, wake)?))
+    }
+}

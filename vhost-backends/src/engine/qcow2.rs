@@ -1,0 +1,209 @@
+//! qcow2 images with backing files, through the crate `imago`; overlays on a shared base.
+//!
+//! An image names other files. A backing file is opened, never for writing; the chain of them
+//! has a limit. Nothing is guessed about the image itself: it is qcow2 because its owner said so.
+
+use super::{BlockingDisk, FileOptions, Geometry};
+use crate::limits::MAX_BACKING_DEPTH;
+use imago::file::File;
+use imago::format::Format;
+use imago::format::gate::ImplicitOpenGate;
+use imago::qcow2::{Qcow2, Qcow2CreateBuilder};
+use imago::{
+    FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Storage, StorageCreateOptions,
+    StorageOpenOptions,
+};
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// A qcow2 image.
+#[derive(Debug)]
+pub struct Qcow2Disk {
+    /// Changes of what is allocated where, other than by writing, exclude everything else.
+    image: RwLock<FormatAccess<File>>,
+    read_only: bool,
+}
+
+impl Qcow2Disk {
+    /// Opens an image and its backing files.
+    pub fn open(path: &Path, options: FileOptions) -> io::Result<Qcow2Disk> {
+        Qcow2Disk::open_on(path, None, options)
+    }
+
+    /// Opens an image on this base, whatever base it names itself.
+    pub fn open_overlay(
+        path: &Path,
+        base: &Path,
+        qcow2: bool,
+        options: FileOptions,
+    ) -> io::Result<Qcow2Disk> {
+        let format = if qcow2 { Format::Qcow2 } else { Format::Raw };
+        Qcow2Disk::open_on(path, Some((base, format)), options)
+    }
+
+    fn open_on(
+        path: &Path,
+        base: Option<(&Path, Format)>,
+        options: FileOptions,
+    ) -> io::Result<Qcow2Disk> {
+        check_kind(path)?;
+        super::qcow2_check::check(&std::fs::File::open(path)?)?;
+        let open = || {
+            let how = StorageOpenOptions::new().direct(options.direct);
+            // By hand: what the gate opens is never written.
+            let file = File::open(how.clone().filename(path).write(!options.read_only))?;
+            let mut builder = Qcow2::<File>::builder(file)
+                .write(!options.read_only)
+                .storage_open_options(how);
+            if let Some((base, format)) = base {
+                builder = builder.backing_path(base, format);
+            }
+            builder.open(Gate { depth: 0 })
+        };
+        // The image's bytes are not trusted, and its parser is not ours.
+        let image = catch_unwind(AssertUnwindSafe(open))
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the image is malformed"))??;
+        Ok(Qcow2Disk {
+            image: RwLock::new(FormatAccess::new(image)),
+            read_only: options.read_only,
+        })
+    }
+
+    fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
+        self.image.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn alone(&self) -> RwLockWriteGuard<'_, FormatAccess<File>> {
+        self.image.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes a qcow2 image that holds what differs from `base`, a raw file of `len` bytes, or a qcow2 image.
+/// Fails if there is a file already.
+pub fn create_overlay(path: &Path, base: &Path, qcow2: bool) -> io::Result<()> {
+    let base = base.canonicalize()?;
+    let options = FileOptions {
+        read_only: true,
+        direct: false,
+    };
+    let len = if qcow2 {
+        Qcow2Disk::open(&base, options)?.geometry().len
+    } else {
+        super::RawFile::open(&base, options)?.len()
+    };
+    let name = base
+        .to_str()
+        .ok_or_else(|| io::Error::other("the base's path is not text"))?;
+    let format = if qcow2 { "qcow2" } else { "raw" };
+    let file = File::create_open(StorageCreateOptions::new().filename(path).overwrite(false))?;
+    Qcow2CreateBuilder::<File>::new(file)
+        .size(len)
+        .backing(name.into(), format.into())
+        .create()
+}
+
+impl BlockingDisk for Qcow2Disk {
+    fn geometry(&self) -> Geometry {
+        let image = self.shared();
+        let align = u32::try_from(image.req_align()).unwrap_or(0);
+        let block = if align.is_power_of_two() {
+            align.max(512)
+        } else {
+            512
+        };
+        Geometry {
+            logical_block: block,
+            physical_block: block.max(4096),
+            ..Geometry::plain(image.size())
+        }
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.shared().read(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.shared().write(buf, offset)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let image = self.shared();
+        image.flush()?;
+        image.sync()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        match self.alone().discard_to_any(offset, len) {
+            // A hint.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            result => result,
+        }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if unmap {
+            self.alone().discard_to_zero(offset, len)
+        } else {
+            self.shared().write_zeroes(offset, len)
+        }
+    }
+}
+
+/// A pipe or a terminal would be waited for; a device may act on being opened.
+fn check_kind(path: &Path) -> io::Result<()> {
+    let kind = std::fs::metadata(path)?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(())
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "neither a regular file nor a block device",
+        ))
+    }
+}
+
+/// Decides about files that an image names.
+struct Gate {
+    depth: u32,
+}
+
+impl ImplicitOpenGate<File> for Gate {
+    fn open_format<F: FormatDriverBuilder<File>>(
+        &mut self,
+        builder: F,
+    ) -> io::Result<FormatAccess<File>> {
+        if self.depth >= MAX_BACKING_DEPTH {
+            return Err(io::Error::other("too many backing files; is there a loop?"));
+        }
+        let builder = builder.write(false);
+        if !matches!(F::FORMAT, Format::Qcow2 | Format::Raw) {
+            return Err(io::Error::other("a backing file is neither raw nor qcow2"));
+        }
+        if F::FORMAT == Format::Qcow2 {
+            // Opened by its storage already; where it is known by path, its tables are checked.
+            if let Some(path) = builder.get_image_path() {
+                check_kind(&path)?;
+                super::qcow2_check::check(&std::fs::File::open(path)?)?;
+            }
+        }
+        let below = Gate {
+            depth: self.depth + 1,
+        };
+        Ok(FormatAccess::new(builder.open(below)?))
+    }
+
+    fn open_storage(&mut self, options: StorageOpenOptions) -> io::Result<File> {
+        let path = options
+            .get_filename()
+            .ok_or_else(|| io::Error::other("a file without a name"))?;
+        check_kind(path)?;
+        File::open(options.write(false))
+    }
+}

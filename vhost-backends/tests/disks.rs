@@ -1,0 +1,109 @@
+//! Every kind of disk that the daemon serves, in its sandbox.
+
+mod support;
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use support::{FEATURES, Frontend, TIMEOUT, pattern};
+
+const MIB: usize = 1 << 20;
+
+/// Ended with the test.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start(command: &mut Command, socket: &Path) -> Option<Ended> {
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .ok()?;
+    let mut child = Ended(child);
+    let deadline = Instant::now() + TIMEOUT;
+    while !socket.exists() {
+        let ended = child.0.try_wait().unwrap();
+        assert!(ended.is_none(), "{command:?} ended: {ended:?}");
+        assert!(Instant::now() < deadline, "{command:?} does not listen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Some(child)
+}
+
+/// Requests of every kind, from two frontends in turn.
+fn verified(arguments: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("blk.sock");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
+    command.args(arguments).arg("--socket-path").arg(&socket);
+    let _daemon = start(&mut command, &socket).unwrap();
+    for round in 0..2u64 {
+        let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+        for i in 0..32u64 {
+            let data = pattern(i + round, 65536);
+            assert_eq!(front.write_sync(0, i * 131_072, &data), 0);
+        }
+        front.queues[0].flush(1).unwrap();
+        front.queues[0].discard(65536, 65536, 2).unwrap();
+        front.queues[0].write_zeroes(0, 65536, true, 3).unwrap();
+        front.queues[0]
+            .write_zeroes(131_072, 4096, false, 4)
+            .unwrap();
+        front.kick(0);
+        for _ in 0..4 {
+            assert_eq!(front.complete(0).1, 0, "{arguments:?}");
+        }
+        assert!(front.read_sync(0, 0, 65536) == (0, vec![0; 65536]));
+        assert!(front.read_sync(0, 131_072, 4096) == (0, vec![0; 4096]));
+        for i in 2..32u64 {
+            let expected = (0, pattern(i + round, 65536));
+            assert!(front.read_sync(0, i * 131_072, 65536) == expected);
+        }
+    }
+}
+
+#[test]
+fn in_memory() {
+    verified(&["--memory", "8M"]);
+}
+
+#[test]
+fn images_and_overlays() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.img");
+    std::fs::write(&base, pattern(1, 8 * MIB)).unwrap();
+    let before = std::fs::read(&base).unwrap();
+    let overlay = dir.path().join("overlay.qcow2");
+    let (base, overlay) = (base.to_str().unwrap(), overlay.to_str().unwrap());
+    // Made, then found.
+    for _ in 0..2 {
+        verified(&["--blk-file", base, "--overlay", overlay]);
+    }
+    verified(&["--blk-file", overlay, "--format", "qcow2"]);
+    verified(&["--blk-file", overlay, "--format", "qcow2", "--direct"]);
+    assert!(
+        std::fs::read(base).unwrap() == before,
+        "the base is as it was"
+    );
+    verified(&["--blk-file", base, "--direct"]);
+    verified(&["--blk-file", base]);
+}
+
+#[test]
+fn on_an_nbd_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("nbd.sock");
+    let mut command = Command::new("nbdkit");
+    command.arg("-f").arg("-U").arg(&socket);
+    let Some(_server) = start(command.args(["memory", "8M"]), &socket) else {
+        println!("SKIPPED: no nbdkit to test against");
+        return;
+    };
+    verified(&["--nbd", &format!("unix:{}", socket.display())]);
+}

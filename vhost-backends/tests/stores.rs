@@ -1,0 +1,324 @@
+//! Every store under the same verified workload, with a frontend that is not ours.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use support::{FEATURES, Frontend, TIMEOUT, pattern, serve_store};
+use vhost_backends::engine::{
+    BlockingStore, FileOptions, MemoryStore, NbdAddress, NbdError, NbdStore, NullStore, Qcow2Disk,
+    RawFile, Store, create_overlay,
+};
+
+const MIB: usize = 1 << 20;
+const DISK: usize = 8 * MIB;
+
+/// What the disk holds before the workload.
+fn base_content() -> Vec<u8> {
+    let mut content = pattern(1000, 3 * MIB);
+    content.resize(DISK, 0);
+    content
+}
+
+/// Random requests of every kind, several at a time, against a model. The model at the end.
+fn workload(store: Arc<dyn Store>, before: Vec<u8>, seed: u64) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let (socket, server, device) = serve_store(dir.path(), store, 1);
+    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, 2 * MIB);
+    let mut model = before;
+    let mut random = seed;
+    let mut next = |below: usize| {
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) as usize % below
+    };
+    for round in 0..150u64 {
+        // Ranges of one round do not overlap: each has its own part of the disk.
+        let lanes = 8;
+        let lane = DISK / lanes;
+        let mut discarded = Vec::new();
+        let mut expected: Vec<Option<(usize, Vec<u8>)>> = vec![None; lanes];
+        for (slot, wanted) in expected.iter_mut().enumerate() {
+            let sectors = 1 + next(128);
+            let len = sectors * 512;
+            let at = slot * lane + next((lane - len) / 512) * 512;
+            let buffer = slot * 128 * 1024;
+            match next(10) {
+                0..=3 => {
+                    let data = pattern(round * 100 + slot as u64, len);
+                    front.fill(buffer, &data);
+                    front.write(0, at as u64, buffer, len, slot);
+                    model[at..at + len].copy_from_slice(&data);
+                }
+                4..=6 => {
+                    front.read(0, at as u64, buffer, len, slot);
+                    *wanted = Some((buffer, model[at..at + len].to_vec()));
+                }
+                7 => {
+                    let unmap = next(2) == 1;
+                    front.queues[0]
+                        .write_zeroes(at as u64, len as u64, unmap, slot)
+                        .unwrap();
+                    model[at..at + len].fill(0);
+                }
+                8 => {
+                    front.queues[0]
+                        .discard(at as u64, len as u64, slot)
+                        .unwrap();
+                    discarded.push((at, len));
+                }
+                _ => front.queues[0].flush(slot).unwrap(),
+            }
+            if next(3) == 0 {
+                front.kick(0);
+            }
+        }
+        front.kick(0);
+        for _ in 0..lanes {
+            let (slot, ret) = front.complete(0);
+            assert_eq!(ret, 0, "round {round}, slot {slot}");
+        }
+        for (buffer, data) in expected.iter().flatten() {
+            let same = front.bytes(*buffer, data.len()) == *data;
+            assert!(same, "round {round}, buffer {buffer:#x}");
+        }
+        for (at, len) in discarded {
+            // What it reads as now is not promised, so it is written.
+            let data = pattern(round, len);
+            assert_eq!(front.write_sync(0, at as u64, &data), 0);
+            model[at..at + len].copy_from_slice(&data);
+        }
+    }
+    for (i, chunk) in model.chunks(MIB).enumerate() {
+        let (ret, data) = front.read_sync(0, (i * MIB) as u64, MIB);
+        assert_eq!(ret, 0);
+        assert!(data == chunk, "MiB {i}");
+    }
+    assert_ne!(front.read_sync(0, DISK as u64, 512).0, 0, "past the end");
+    drop(front);
+    server.stop().unwrap();
+    assert_eq!(device.stats().host_errors, 0);
+    model
+}
+
+fn base_file(dir: &Path) -> PathBuf {
+    let path = dir.join("base.img");
+    std::fs::write(&path, base_content()).unwrap();
+    path
+}
+
+#[test]
+fn raw_files() {
+    for direct in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = base_file(dir.path());
+        let options = FileOptions {
+            read_only: false,
+            direct,
+        };
+        let store = Arc::new(RawFile::open(&path, options).unwrap());
+        let model = workload(store, base_content(), 1);
+        assert!(std::fs::read(&path).unwrap() == model);
+    }
+}
+
+#[test]
+fn memory() {
+    let store = Arc::new(MemoryStore::new(DISK as u64).unwrap());
+    let model = workload(store.clone(), vec![0; DISK], 2);
+    // It outlives its frontends.
+    workload(store, model, 3);
+}
+
+#[test]
+fn null_takes_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Arc::new(NullStore::new(DISK as u64));
+    let (socket, server, device) = serve_store(dir.path(), store, 1);
+    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+    assert_eq!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
+    // The buffer stays as it was.
+    assert_eq!(front.read_sync(0, 0, 512), (0, vec![0xee; 512]));
+    assert_ne!(front.read_sync(0, DISK as u64, 512).0, 0);
+    drop(front);
+    server.stop().unwrap();
+    assert_eq!(device.stats().requests, 3);
+}
+
+#[test]
+fn overlays_share_a_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_file(dir.path());
+    for direct in [false, true] {
+        let options = FileOptions {
+            read_only: false,
+            direct,
+        };
+        let mut models = Vec::new();
+        let overlays = [1, 2].map(|n| dir.path().join(format!("{direct}-{n}.qcow2")));
+        for (n, overlay) in overlays.iter().enumerate() {
+            create_overlay(overlay, &base, false).unwrap();
+            assert!(create_overlay(overlay, &base, false).is_err(), "exists");
+            let disk = Qcow2Disk::open_overlay(overlay, &base, false, options).unwrap();
+            let store = Arc::new(BlockingStore::new(disk));
+            models.push(workload(store, base_content(), 10 + n as u64));
+        }
+        assert!(std::fs::read(&base).unwrap() == base_content());
+        for (overlay, model) in overlays.iter().zip(models) {
+            // By the base that it names itself, this time.
+            let disk = Qcow2Disk::open(overlay, options).unwrap();
+            workload(Arc::new(BlockingStore::new(disk)), model, 20);
+            check_image(overlay);
+        }
+    }
+}
+
+/// Asks qemu-img whether the image is sound, where it is installed.
+fn check_image(path: &Path) {
+    match Command::new("qemu-img").arg("check").arg(path).output() {
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            // 3: leaked clusters only, which cost space and nothing else.
+            assert!(matches!(output.status.code(), Some(0 | 3)), "{said}");
+        }
+        Err(_) => println!("SKIPPED: no qemu-img to check the image with"),
+    }
+}
+
+#[test]
+fn an_overlay_on_an_overlay_and_a_loop_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_file(dir.path());
+    let middle = dir.path().join("middle.qcow2");
+    let top = dir.path().join("top.qcow2");
+    create_overlay(&middle, &base, false).unwrap();
+    create_overlay(&top, &middle, true).unwrap();
+    let disk = Qcow2Disk::open(&top, FileOptions::default()).unwrap();
+    workload(Arc::new(BlockingStore::new(disk)), base_content(), 30);
+    // The middle one is now the top one: a chain without an end.
+    std::fs::remove_file(&middle).unwrap();
+    std::os::unix::fs::symlink(&top, &middle).unwrap();
+    Qcow2Disk::open(&top, FileOptions::default()).unwrap_err();
+}
+
+/// A server, ended with the test.
+struct NbdServer(Child);
+
+impl NbdServer {
+    /// `None`, and said so, where the program is not installed.
+    fn start(program: &str, arguments: &[&str], socket: &Path) -> Option<NbdServer> {
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let Ok(child) = child else {
+            println!("SKIPPED: no {program} to test against");
+            return None;
+        };
+        let mut server = NbdServer(child);
+        let deadline = Instant::now() + TIMEOUT;
+        while std::os::unix::net::UnixStream::connect(socket).is_err() {
+            let ended = server.0.try_wait().unwrap();
+            assert!(ended.is_none(), "{program} ended: {ended:?}");
+            assert!(Instant::now() < deadline, "{program} does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Some(server)
+    }
+}
+
+impl Drop for NbdServer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn nbd(socket: &Path, export: &str, queues: u16) -> Result<NbdStore, NbdError> {
+    let address: NbdAddress = format!("unix:{}:{export}", socket.display()).parse()?;
+    NbdStore::connect(address, queues, false)
+}
+
+#[test]
+fn nbd_of_three_servers() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("nbd.sock");
+    let at = socket.to_str().unwrap();
+    for (n, program) in ["nbdkit", "qemu-nbd", "qemu-storage-daemon"]
+        .into_iter()
+        .enumerate()
+    {
+        let base = base_file(dir.path());
+        let image = base.to_str().unwrap();
+        let _ = std::fs::remove_file(&socket);
+        let file = format!("driver=file,node-name=d,filename={image}");
+        let listen = format!("addr.type=unix,addr.path={at}");
+        let (arguments, export): (Vec<&str>, &str) = match program {
+            "nbdkit" => (vec!["-f", "-U", at, "file", image], ""),
+            "qemu-nbd" => (
+                vec!["-k", at, "-f", "raw", "-x", "disk", "-t", "-e", "4", image],
+                "disk",
+            ),
+            _ => {
+                let export = "nbd,id=e,node-name=d,name=disk,writable=on";
+                let all = vec!["--blockdev", &file, "--nbd-server", &listen];
+                ([all, vec!["--export", export]].concat(), "disk")
+            }
+        };
+        let Some(server) = NbdServer::start(program, &arguments, &socket) else {
+            continue;
+        };
+        let store = Arc::new(nbd(&socket, export, 1).unwrap());
+        let model = workload(store.clone(), base_content(), 40 + n as u64);
+        // The same connection again, for the next frontend.
+        workload(store, model, 50);
+        let refused = nbd(&socket, "no such export", 1);
+        if program != "nbdkit" {
+            assert!(matches!(refused, Err(NbdError::Refused(_))), "{refused:?}");
+        }
+        drop(server);
+    }
+}
+
+#[test]
+fn nbd_server_that_dies_is_an_io_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("nbd.sock");
+    let at = socket.to_str().unwrap();
+    let Some(server) = NbdServer::start("nbdkit", &["-f", "-U", at, "memory", "8M"], &socket)
+    else {
+        return;
+    };
+    let store = Arc::new(nbd(&socket, "", 1).unwrap());
+    let (socket, handle, device) = serve_store(dir.path(), store, 1);
+    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+    assert_eq!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
+    drop(server);
+    for _ in 0..3 {
+        assert_ne!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
+    }
+    drop(front);
+    // The next frontend is served, with errors.
+    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+    assert_ne!(front.read_sync(0, 0, 512).0, 0);
+    drop(front);
+    handle.stop().unwrap();
+    assert!(device.stats().host_errors >= 4);
+}
+
+#[test]
+fn nbd_addresses() {
+    let parse = |text: &str| text.parse::<NbdAddress>();
+    assert_eq!(parse("unix:/a/b").unwrap().export, "");
+    let full = parse("unix:/a/b:c:d").unwrap();
+    assert_eq!((full.socket.to_str(), &*full.export), (Some("/a/b"), "c:d"));
+    for bad in ["", "/a/b", "unix:", "unix::x", "tcp:host"] {
+        assert!(parse(bad).is_err(), "{bad}");
+    }
+    assert!(parse(&format!("unix:/a:{}", "x".repeat(4097))).is_err());
+}
