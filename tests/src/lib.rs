@@ -4,10 +4,11 @@
 //! `all` forces both, unset runs on every accel that works here and says which do not.
 
 use anyhow::{Context, bail};
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use vmm_core::{Accel, BlockConfig, Image, VmBuilder};
 
 /// Bytes of a test disk.
@@ -120,4 +121,39 @@ pub fn patience(seconds: u64) -> Duration {
         .and_then(|v| v.parse().ok())
         .unwrap_or(1);
     Duration::from_secs(seconds * factor)
+}
+
+/// Tests that look at what else their process has must be alone in it.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The children of a process, by all of its threads.
+pub fn children_of(pid: u32) -> Vec<u32> {
+    let mut children = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let list = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        children.extend(
+            list.split_ascii_whitespace()
+                .filter_map(|p| p.parse::<u32>().ok()),
+        );
+    }
+    children
+}
+
+/// Waits for something that takes a moment.
+///
+/// # Panics
+/// When it takes longer than anything may.
+pub fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + patience(30);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

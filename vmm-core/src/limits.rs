@@ -47,7 +47,7 @@ pub const MAX_CONSOLE_CHAIN: usize = 64 << 10;
 pub const MAX_RNG_CHAIN: usize = 64 << 10;
 /// Chains that an in-process device serves before it looks at its other queues.
 pub const DEVICE_BATCH: usize = 64;
-/// How long `pause` and `stop` wait for a vCPU to leave the guest before they report a host error.
+/// How long `pause` waits for a vCPU to leave the guest before it gives up and lets the VM go on.
 pub const VCPU_KICK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause between repeated kicks of a vCPU that has not left the guest yet.
 pub const VCPU_KICK_PAUSE: Duration = Duration::from_millis(20);
