@@ -3,6 +3,8 @@
 use crate::assert_layout;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+pub mod net;
+
 /// Feature bits, as masks (virtio 1.3 §6).
 pub mod feature {
     /// Indirect descriptors.
@@ -13,6 +15,8 @@ pub mod feature {
     pub const VERSION_1: u64 = 1 << 32;
     /// Packed virtqueues.
     pub const RING_PACKED: u64 = 1 << 34;
+    /// Buffers are used in the order in which they were made available.
+    pub const IN_ORDER: u64 = 1 << 35;
 }
 
 /// `Desc::flags` (virtio 1.3 §2.7.5).
