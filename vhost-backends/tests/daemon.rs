@@ -8,63 +8,12 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
+use std::time::Duration;
+use support::daemon::{Daemon, connect, program};
 use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
 
 const MIB: u64 = 1 << 20;
-
-fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
-    command.stdin(Stdio::null());
-    command
-}
-
-/// Ended with the test, whatever happens.
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(mut command: Command) -> Daemon {
-        Daemon(command.stderr(Stdio::piped()).spawn().unwrap())
-    }
-
-    fn on(disk: &Disk, more: &[&str]) -> Daemon {
-        let mut command = program();
-        command.arg("--socket-path").arg(&disk.socket);
-        command.arg("--blk-file").arg(&disk.image).args(more);
-        Daemon::start(command)
-    }
-
-    fn signal(&self, signal: libc::c_int) {
-        let pid = libc::pid_t::try_from(self.0.id()).unwrap();
-        // SAFETY: kill takes no pointer; the child has not been waited for.
-        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-    }
-
-    /// The exit code and what it said.
-    fn end(mut self) -> (Option<i32>, String) {
-        let deadline = Instant::now() + TIMEOUT;
-        let status = loop {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "the daemon did not end");
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        let mut said = String::new();
-        let mut stderr = self.0.stderr.take().unwrap();
-        stderr.read_to_string(&mut said).unwrap();
-        (status.code(), said)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 fn run(args: &[&str]) -> Output {
     program().args(args).output().unwrap()
@@ -80,7 +29,7 @@ fn serves_and_ends_on_sigterm() {
         assert_eq!(front.read_sync(0, 4096, 8192), (0, pattern(1, 8192)));
         // With the frontend still there.
         daemon.signal(signal);
-        let (code, said) = daemon.end();
+        let (code, said) = daemon.wait();
         assert_eq!((code, said.as_str()), (Some(0), ""));
         assert!(!disk.socket.exists(), "the socket is removed");
         drop(front);
@@ -92,7 +41,7 @@ fn killed_and_started_again() {
     let disk = Disk::new(MIB);
     for round in 0..5u64 {
         let daemon = Daemon::on(&disk, &[]);
-        wait_until_listening(&disk.socket);
+        drop(connect(&disk.socket));
         let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
         if round > 0 {
             assert_eq!(front.read_sync(0, 0, 4096), (0, pattern(round - 1, 4096)));
@@ -100,16 +49,8 @@ fn killed_and_started_again() {
         assert_eq!(front.write_sync(0, 0, &pattern(round, 4096)), 0);
         // Leaves a stale socket, which the next one replaces.
         daemon.signal(libc::SIGKILL);
-        assert_eq!(daemon.end().0, None);
+        assert_eq!(daemon.wait().0, None);
         assert!(disk.socket.exists());
-    }
-}
-
-fn wait_until_listening(path: &Path) {
-    let deadline = Instant::now() + TIMEOUT;
-    while UnixStream::connect(path).is_err() {
-        assert!(Instant::now() < deadline, "nobody listens");
-        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -117,14 +58,14 @@ fn wait_until_listening(path: &Path) {
 fn refuses_a_path_that_is_in_use_or_not_a_socket() {
     let disk = Disk::new(MIB);
     let listener = UnixListener::bind(&disk.socket).unwrap();
-    let (code, said) = Daemon::on(&disk, &[]).end();
+    let (code, said) = Daemon::on(&disk, &[]).wait();
     assert_eq!(code, Some(1));
     assert!(said.contains("another program listens"), "{said}");
     assert!(disk.socket.exists());
     drop(listener);
     std::fs::remove_file(&disk.socket).unwrap();
     std::fs::write(&disk.socket, "precious").unwrap();
-    let (code, said) = Daemon::on(&disk, &[]).end();
+    let (code, said) = Daemon::on(&disk, &[]).wait();
     assert_eq!(code, Some(1));
     assert!(said.contains("is not a socket"), "{said}");
     assert_eq!(std::fs::read_to_string(&disk.socket).unwrap(), "precious");
@@ -217,7 +158,7 @@ fn with_fd(disk: &Disk, fd: i32) -> Command {
 fn a_connected_descriptor_is_served_until_its_peer_hangs_up() {
     let disk = Disk::new(MIB);
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let daemon = Daemon::start(with_fd(&disk, theirs.as_raw_fd()));
+    let daemon = Daemon::start(&mut with_fd(&disk, theirs.as_raw_fd()));
     drop(theirs);
     ours.set_read_timeout(Some(TIMEOUT)).unwrap();
     let head: Vec<u8> = [1u32, 1, 0].iter().flat_map(|w| w.to_ne_bytes()).collect();
@@ -225,20 +166,20 @@ fn a_connected_descriptor_is_served_until_its_peer_hangs_up() {
     let mut reply = [0; 20];
     (&ours).read_exact(&mut reply).unwrap();
     drop(ours);
-    assert_eq!(daemon.end(), (Some(0), String::new()));
+    assert_eq!(daemon.wait(), (Some(0), String::new()));
 }
 
 #[test]
 fn a_listening_descriptor_is_kept() {
     let disk = Disk::new(MIB);
     let listener = UnixListener::bind(&disk.socket).unwrap();
-    let daemon = Daemon::start(with_fd(&disk, listener.as_raw_fd()));
+    let daemon = Daemon::start(&mut with_fd(&disk, listener.as_raw_fd()));
     for round in 0..2 {
         let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
         assert_eq!(front.write_sync(0, 0, &pattern(round, 512)), 0);
     }
     daemon.signal(libc::SIGTERM);
-    assert_eq!(daemon.end().0, Some(0));
+    assert_eq!(daemon.wait().0, Some(0));
     assert!(disk.socket.exists(), "somebody else made it");
 }
 
@@ -246,7 +187,7 @@ fn a_listening_descriptor_is_kept() {
 fn a_file_that_is_no_socket_is_refused() {
     let disk = Disk::new(MIB);
     let file = std::fs::File::open(&disk.image).unwrap();
-    let (code, said) = Daemon::start(with_fd(&disk, file.as_raw_fd())).end();
+    let (code, said) = Daemon::start(&mut with_fd(&disk, file.as_raw_fd())).wait();
     assert_eq!(code, Some(1));
     assert!(said.contains("is not a Unix stream socket"), "{said}");
 }
@@ -274,7 +215,7 @@ fn past_a_file_size_limit_a_write_fails_and_the_rest_goes_on() {
                 }
             })
         };
-        let daemon = Daemon::start(command);
+        let daemon = Daemon::start(&mut command);
         let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
         for at in [64 << 10, 512 << 10] {
             assert_ne!(front.write_sync(0, at, &pattern(1, 4096)), 0);
@@ -284,7 +225,7 @@ fn past_a_file_size_limit_a_write_fails_and_the_rest_goes_on() {
         assert_eq!(front.write_sync(0, 0, &pattern(3, 4096)), 0);
         assert_eq!(front.read_sync(0, 0, 4096), (0, pattern(3, 4096)));
         daemon.signal(libc::SIGTERM);
-        assert_eq!(daemon.end().0, Some(0));
+        assert_eq!(daemon.wait().0, Some(0));
     }
 }
 
@@ -310,4 +251,26 @@ fn idle_costs_nothing() {
     let before = ticks();
     std::thread::sleep(Duration::from_millis(500));
     assert!(ticks() - before <= 1);
+}
+
+#[test]
+fn output_that_nobody_reads_is_no_bug() {
+    let disk = Disk::new(MIB);
+    let socket = disk.socket.to_str().unwrap();
+    let good: &[&[&str]] = &[&["--help"], &["--print-capabilities"], &["--self-test"]];
+    let bad: &[&[&str]] = &[&["--socket-path", socket, "--blk-file", "/nonexistent"]];
+    for (code, args) in [(0, good), (1, bad)]
+        .iter()
+        .flat_map(|(code, all)| all.iter().map(move |args| (*code, *args)))
+    {
+        // Both go to pipes that nobody holds the other end of.
+        let mut command = program();
+        let mut child = command
+            .args(args)
+            .stdout(std::io::pipe().unwrap().1)
+            .stderr(std::io::pipe().unwrap().1)
+            .spawn()
+            .unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{args:?}");
+    }
 }

@@ -10,118 +10,13 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use support::daemon::{Daemon, Managed, connect, http, program, stats};
 use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
 
 const MIB: u64 = 1 << 20;
-
-fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
-    command.stdin(Stdio::null()).stderr(Stdio::piped());
-    command
-}
-
-/// Ended with the test, whatever happens.
-struct Daemon(Child);
-
-impl Daemon {
-    /// The exit code and what it said, after SIGTERM.
-    fn end(mut self) -> (Option<i32>, String) {
-        let pid = libc::pid_t::try_from(self.0.id()).unwrap();
-        // SAFETY: kill takes no pointer; the child has not been waited for.
-        unsafe { libc::kill(pid, libc::SIGTERM) };
-        let deadline = Instant::now() + TIMEOUT;
-        let status = loop {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "the daemon did not end");
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        let mut said = String::new();
-        let mut stderr = self.0.stderr.take().unwrap();
-        stderr.read_to_string(&mut said).unwrap();
-        (status.code(), said)
-    }
-
-    fn fds(&self) -> usize {
-        let path = format!("/proc/{}/fd", self.0.id());
-        std::fs::read_dir(path).unwrap().count()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn connect(path: &Path) -> UnixStream {
-    let deadline = Instant::now() + TIMEOUT;
-    loop {
-        if let Ok(stream) = UnixStream::connect(path) {
-            stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-            return stream;
-        }
-        assert!(Instant::now() < deadline, "nobody listens");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// Status line and body.
-fn http(path: &Path, method: &str, target: &str, body: &str) -> (String, String) {
-    let mut stream = connect(path);
-    let length = body.len();
-    let request = format!("{method} {target} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}");
-    stream.write_all(request.as_bytes()).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head.lines().next().unwrap().to_owned(), body.to_owned())
-}
-
-fn stats(path: &Path) -> serde_json::Value {
-    let (status, body) = http(path, "GET", "/stats", "");
-    assert_eq!(status, "HTTP/1.0 200 OK");
-    serde_json::from_str(&body).unwrap()
-}
-
-/// A disk with statistics and control.
-struct Managed {
-    disk: Disk,
-    daemon: Daemon,
-    stats: PathBuf,
-    control: PathBuf,
-}
-
-impl Managed {
-    fn start(more: &[&str]) -> Managed {
-        Managed::with(program(), more)
-    }
-
-    fn with(mut command: Command, more: &[&str]) -> Managed {
-        let disk = Disk::new(4 * MIB);
-        let (stats, control) = (disk.dir.path().join("stats"), disk.dir.path().join("ctl"));
-        command.arg("--socket-path").arg(&disk.socket);
-        command.arg("--blk-file").arg(&disk.image).args(more);
-        command.arg("--stats-socket").arg(&stats);
-        command.arg("--control-socket").arg(&control);
-        let daemon = Daemon(command.spawn().unwrap());
-        Managed {
-            disk,
-            daemon,
-            stats,
-            control,
-        }
-    }
-
-    fn frontend(&self) -> Frontend {
-        Frontend::connect(&self.disk.socket, FEATURES, 1, 64, MIB as usize)
-    }
-}
 
 /// How long so many reads take, eight at a time, and that each is right.
 fn timed_reads(front: &mut Frontend, count: usize) -> Duration {
@@ -382,7 +277,7 @@ fn several_disks_in_one_daemon() {
         let keys = format!("socket={socket},file={image},num-queues=2,read-only={read_only}");
         command.arg("--disk").arg(keys);
     }
-    let daemon = Daemon(command.spawn().unwrap());
+    let daemon = Daemon::start(&mut command);
     let connect = |disk: &Disk| {
         let features = FEATURES & !(1 << 13 | 1 << 14);
         Frontend::connect(&disk.socket, features, 2, 64, MIB as usize)
@@ -474,7 +369,7 @@ fn sockets_from_a_service_manager() {
             }
         })
     };
-    let daemon = Daemon(command.spawn().unwrap());
+    let daemon = Daemon::start(&mut command);
     for (seed, disk) in [(1, &first), (2, &second)] {
         let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
         assert_eq!(front.write_sync(0, 0, &pattern(seed, 512)), 0);
@@ -529,12 +424,7 @@ fn a_service_manager_is_told() {
     let mut command = program();
     command.env("NOTIFY_SOCKET", "/nonexistent/notify");
     let managed = Managed::with(command, &[]);
-    let mut daemon = managed.daemon;
-    let deadline = Instant::now() + TIMEOUT;
-    while daemon.0.try_wait().unwrap().is_none() {
-        assert!(Instant::now() < deadline, "the daemon did not end");
-    }
-    let (code, said) = daemon.end();
+    let (code, said) = managed.daemon.wait();
     assert_eq!(code, Some(1));
     assert!(said.contains("cannot reach NOTIFY_SOCKET"), "{said}");
 }

@@ -7,19 +7,14 @@ mod support;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output, Stdio};
+use std::time::Instant;
+use support::daemon::{Daemon, program};
 use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
 
 const MIB: u64 = 1 << 20;
 /// Somebody without privileges.
 const NOBODY: u32 = 65534;
-
-fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
-    command.stdin(Stdio::null());
-    command
-}
 
 /// A copy that an unprivileged user can execute, wherever the build directory is.
 fn program_for_all(disk: &Disk) -> Command {
@@ -110,53 +105,6 @@ fn has_no_landlock() -> bool {
     abi < 1
 }
 
-/// Ended with the test, whatever happens.
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(command: &mut Command, disk: &Disk, more: &[&str]) -> Daemon {
-        command.arg("--socket-path").arg(&disk.socket);
-        command.arg("--blk-file").arg(&disk.image).args(more);
-        Daemon(command.stderr(Stdio::piped()).spawn().unwrap())
-    }
-
-    fn status(&self) -> String {
-        std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap()
-    }
-
-    fn field(&self, name: &str) -> String {
-        let status = self.status();
-        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
-        line.split_once(':').unwrap().1.trim().to_owned()
-    }
-
-    /// The exit code and what it said, after SIGTERM.
-    fn end(mut self) -> (Option<i32>, String) {
-        let pid = libc::pid_t::try_from(self.0.id()).unwrap();
-        // SAFETY: kill takes no pointer; the child has not been waited for.
-        unsafe { libc::kill(pid, libc::SIGTERM) };
-        let deadline = Instant::now() + TIMEOUT;
-        let status = loop {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "the daemon did not end");
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        let mut said = String::new();
-        let mut stderr = self.0.stderr.take().unwrap();
-        stderr.read_to_string(&mut said).unwrap();
-        (status.code(), said)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Every kind of request, verified, on several queues and over several connections.
 fn verified_io(disk: &Disk) {
     for round in 0..3u64 {
@@ -193,7 +141,7 @@ fn verified_io(disk: &Disk) {
 }
 
 fn serves_confined(mut command: Command, disk: &Disk, more: &[&str]) {
-    let daemon = Daemon::start(
+    let daemon = Daemon::with(
         &mut command,
         disk,
         &[&["--num-queues", "2", "--verbose"], more].concat(),
@@ -272,7 +220,7 @@ fn a_container_without_landlock_and_namespaces_is_reported_and_served() {
     ];
     without(&mut command, &absent, libc::ENOSYS);
     without(&mut command, &[libc::SYS_unshare], libc::EPERM);
-    let daemon = Daemon::start(&mut command, &disk, &["--num-queues", "2"]);
+    let daemon = Daemon::with(&mut command, &disk, &["--num-queues", "2"]);
     verified_io(&disk);
     let (code, said) = daemon.end();
     assert_eq!(code, Some(0), "{said}");
@@ -286,14 +234,8 @@ fn strict_does_not_start_without_a_layer() {
     let mut command = program();
     let absent = [libc::SYS_landlock_create_ruleset];
     without(&mut command, &absent, libc::ENOSYS);
-    let daemon = Daemon::start(&mut command, &disk, &["--sandbox", "strict"]);
-    let deadline = Instant::now() + TIMEOUT;
-    let mut daemon = daemon;
-    while daemon.0.try_wait().unwrap().is_none() {
-        assert!(Instant::now() < deadline, "the daemon did not end");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let (code, said) = daemon.end();
+    let daemon = Daemon::with(&mut command, &disk, &["--sandbox", "strict"]);
+    let (code, said) = daemon.wait();
     assert_eq!(code, Some(1));
     assert!(
         said.contains("cannot enter the sandbox: landlock"),
@@ -305,7 +247,7 @@ fn strict_does_not_start_without_a_layer() {
 #[test]
 fn none_is_none() {
     let disk = Disk::new(16 * MIB);
-    let daemon = Daemon::start(
+    let daemon = Daemon::with(
         &mut program(),
         &disk,
         &[
@@ -328,7 +270,7 @@ fn none_is_none() {
 fn a_daemon_that_is_killed_at_once_leaves_a_stale_socket_and_no_process() {
     let disk = Disk::new(MIB);
     for _ in 0..20 {
-        let mut daemon = Daemon::start(&mut program(), &disk, &[]);
+        let mut daemon = Daemon::with(&mut program(), &disk, &[]);
         let deadline = Instant::now() + TIMEOUT;
         while std::os::unix::net::UnixStream::connect(&disk.socket).is_err() {
             assert!(

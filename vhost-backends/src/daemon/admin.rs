@@ -4,17 +4,15 @@
 //! |---|---|---|
 //! | `GET /metrics` | both | Prometheus text |
 //! | `GET /stats` | both | the same as JSON |
-//! | `PUT /disks/NAME/limits` | control | sets all limits of a disk; the body is JSON |
+//! | `PUT /DEVICES/NAME/WHAT` | control | what the daemon's [`Fleet`] makes of it |
 //!
 //! In come bytes of anybody who may connect; nothing of them is kept beyond the answer. A client
 //! that is slow is left after [`ADMIN_TIMEOUT_SECS`], one that asks for much is refused at
 //! [`MAX_ADMIN_REQUEST`].
 
-use super::Served;
-use crate::limit::Limits;
+use super::{Denied, Fleet};
 use crate::limits::{ADMIN_TIMEOUT_SECS, MAX_ADMIN_REQUEST};
 use crate::readiness::{Event, Interest, wait};
-use crate::stats::{DiskReport, json, prometheus};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -36,7 +34,7 @@ struct Answer {
 }
 
 /// Answers clients until `stop` is set.
-pub(super) fn serve(listener: &UnixListener, access: Access, disks: &[Served], stop: &Event) {
+pub(super) fn serve<F: Fleet>(listener: &UnixListener, access: Access, fleet: &F, stop: &Event) {
     if listener.set_nonblocking(true).is_err() {
         return;
     }
@@ -54,7 +52,7 @@ pub(super) fn serve(listener: &UnixListener, access: Access, disks: &[Served], s
         }
         if let Ok((stream, _)) = listener.accept() {
             // A client that goes away or stalls has itself to blame.
-            let _ = converse(&stream, access, disks, stop);
+            let _ = converse(&stream, access, fleet, stop);
         } else {
             // Out of descriptors, most likely: not as fast as the CPU allows.
             let _ = wait(
@@ -65,11 +63,16 @@ pub(super) fn serve(listener: &UnixListener, access: Access, disks: &[Served], s
     }
 }
 
-fn converse(stream: &UnixStream, access: Access, disks: &[Served], stop: &Event) -> io::Result<()> {
+fn converse<F: Fleet>(
+    stream: &UnixStream,
+    access: Access,
+    fleet: &F,
+    stop: &Event,
+) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     let deadline = Instant::now() + Duration::from_secs(ADMIN_TIMEOUT_SECS);
     let answer = match receive(stream, stop, deadline)? {
-        Some(request) => answer(&request, access, disks),
+        Some(request) => answer(&request, access, fleet),
         None => text("413 Content Too Large", "the request is too long"),
     };
     let Answer { status, kind, body } = answer;
@@ -148,7 +151,7 @@ fn pause(
     }
 }
 
-fn answer(request: &str, access: Access, disks: &[Served]) -> Answer {
+fn answer<F: Fleet>(request: &str, access: Access, fleet: &F) -> Answer {
     let (head, body) = request.split_once("\r\n\r\n").unwrap_or((request, ""));
     let mut words = head.lines().next().unwrap_or_default().split(' ');
     let (method, target) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
@@ -157,41 +160,27 @@ fn answer(request: &str, access: Access, disks: &[Served]) -> Answer {
         ("GET", ["metrics"]) => Answer {
             status: "200 OK",
             kind: "text/plain; version=0.0.4",
-            body: prometheus(&reports(disks)),
+            body: fleet.prometheus(),
         },
         ("GET", ["stats"]) => Answer {
             status: "200 OK",
             kind: "application/json",
-            body: json(&reports(disks)),
+            body: fleet.json(),
         },
-        ("PUT", ["disks", name, "limits"]) if access == Access::Control => {
-            set_limits(disks, name, body)
+        ("PUT", [devices, name, what]) if *devices == F::DEVICES => {
+            if access != Access::Control {
+                return text(
+                    "403 Forbidden",
+                    "this socket changes nothing; use --control-socket",
+                );
+            }
+            match fleet.put(name, what, body) {
+                Ok(sentence) => text("200 OK", &sentence),
+                Err(Denied::NotFound(reason)) => text("404 Not Found", reason),
+                Err(Denied::Bad(reason)) => text("400 Bad Request", &reason),
+            }
         }
-        ("PUT", ["disks", _, "limits"]) => text(
-            "403 Forbidden",
-            "this socket changes nothing; use --control-socket",
-        ),
-        _ => text(
-            "404 Not Found",
-            "GET /metrics, GET /stats, PUT /disks/NAME/limits",
-        ),
-    }
-}
-
-fn set_limits(disks: &[Served], name: &str, body: &str) -> Answer {
-    let Some(disk) = disks.iter().find(|disk| disk.name == name) else {
-        return text("404 Not Found", "no disk has this name");
-    };
-    let limits = serde_json::from_str::<Limits>(body)
-        .map_err(|error| error.to_string())
-        .and_then(|limits| limits.check().map_err(|error| error.to_string()));
-    match limits {
-        Ok(limits) => {
-            disk.device.limiter().set(limits);
-            tracing::info!(disk = name, ?limits, "limits changed");
-            text("200 OK", "done")
-        }
-        Err(reason) => text("400 Bad Request", &reason),
+        _ => text("404 Not Found", fleet.requests()),
     }
 }
 
@@ -201,20 +190,4 @@ fn text(status: &'static str, body: &str) -> Answer {
         kind: "text/plain",
         body: format!("{body}\n"),
     }
-}
-
-fn reports(disks: &[Served]) -> Vec<DiskReport> {
-    let report = |disk: &Served| {
-        let stats = disk.device.stats();
-        DiskReport {
-            disk: disk.name.clone(),
-            limits: disk.device.limiter().get(),
-            refused: stats.refused,
-            retired_rings: stats.retired,
-            calls: stats.calls,
-            wakes: stats.wakes,
-            snapshot: disk.device.measurements().snapshot(),
-        }
-    };
-    disks.iter().map(report).collect()
 }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 // UNSAFETY: a descriptor number from the command line becomes an owned descriptor.
 
+use super::options::SocketArgs;
 use crate::limits::MAX_PASSED;
 use std::fs;
 use std::io;
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub(super) enum Socket {
     /// One connection after the other.
-    Listening(UnixListener, Option<SocketPath>),
+    Listening(UnixListener),
     /// Only this one.
     Connected(UnixStream),
 }
@@ -49,13 +50,13 @@ const LISTEN_FDS_START: RawFd = 3;
 /// Sockets that the service manager opened for this process, and their names. Those that no disk
 /// takes stay open, unused.
 #[derive(Debug, Default)]
-pub(super) struct Passed {
+struct Passed {
     fds: std::collections::VecDeque<(RawFd, String)>,
 }
 
 impl Passed {
     /// As `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES` say.
-    pub(super) fn from_environment() -> Result<Passed, String> {
+    fn from_environment() -> Result<Passed, String> {
         let text = |name| std::env::var(name).unwrap_or_default();
         // Meant for another process: one that started this one without cleaning up.
         if text("LISTEN_PID").parse() != Ok(std::process::id()) {
@@ -82,37 +83,68 @@ impl Passed {
     }
 }
 
-/// Opens what the command line named for the disk `name`, or what was passed. The error is a
-/// sentence.
-pub(super) fn open(
-    path: Option<PathBuf>,
-    fd: Option<RawFd>,
-    passed: &mut Passed,
-    name: &str,
-) -> Result<Socket, String> {
-    if let Some(path) = path {
-        return listen(path);
+/// The sockets of a daemon, as they are opened one after the other.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    passed: Passed,
+    opened: Vec<Socket>,
+    made: Vec<SocketPath>,
+}
+
+impl Sockets {
+    /// None yet, beside those that a service manager passed. The error is a sentence.
+    pub(super) fn from_environment() -> Result<Sockets, String> {
+        Ok(Sockets {
+            passed: Passed::from_environment()?,
+            opened: Vec::new(),
+            made: Vec::new(),
+        })
     }
-    match fd.or_else(|| passed.take(name)) {
-        Some(fd) => inherit(fd),
-        None => Err("either --socket-path or --fd is needed".into()),
+
+    /// Opens what the command line named for the device `name`, or takes what was passed. The
+    /// error is a sentence.
+    pub(crate) fn open(&mut self, args: SocketArgs, name: &str) -> Result<(), String> {
+        let socket = if let Some(path) = args.socket_path {
+            let (listener, path) = listen(path)?;
+            self.made.push(path);
+            Socket::Listening(listener)
+        } else {
+            let fd = args.fd.or_else(|| self.passed.take(name));
+            inherit(fd.ok_or("either --socket-path or --fd is needed")?)?
+        };
+        self.opened.push(socket);
+        Ok(())
+    }
+
+    /// A listening socket for the daemon's own use, for its user alone if `private`.
+    pub(super) fn listen(&mut self, path: &Path, private: bool) -> Result<UnixListener, String> {
+        let (listener, made) = listen(path.to_owned())?;
+        self.made.push(made);
+        if private {
+            // Connecting takes the right to write to the file.
+            fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+                .map_err(|error| format!("cannot protect {}: {error}", path.display()))?;
+        }
+        Ok(listener)
+    }
+
+    /// The files that this process made.
+    pub(super) fn made(&self) -> &[SocketPath] {
+        &self.made
+    }
+
+    /// Takes back what was made.
+    pub(super) fn remove_made(&self) {
+        self.made.iter().for_each(SocketPath::remove);
+    }
+
+    /// Those of the devices, in their order.
+    pub(super) fn into_opened(self) -> Vec<Socket> {
+        self.opened
     }
 }
 
-/// A listening socket for the daemon's own use, for its user alone if `private`.
-pub(super) fn listen_on(path: &Path, private: bool) -> Result<(UnixListener, SocketPath), String> {
-    let Socket::Listening(listener, Some(made)) = listen(path.to_owned())? else {
-        return Err(format!("{} is not a listening socket", path.display()));
-    };
-    if private {
-        // Connecting takes the right to write to the file.
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))
-            .map_err(|error| format!("cannot protect {}: {error}", path.display()))?;
-    }
-    Ok((listener, made))
-}
-
-fn listen(path: PathBuf) -> Result<Socket, String> {
+fn listen(path: PathBuf) -> Result<(UnixListener, SocketPath), String> {
     let shown = path.display().to_string();
     let cannot = |error: io::Error| format!("cannot listen on {shown}: {error}");
     let listener = match UnixListener::bind(&path) {
@@ -123,10 +155,7 @@ fn listen(path: PathBuf) -> Result<Socket, String> {
         result => result.map_err(cannot)?,
     };
     let identity = identity(&path).map_err(cannot)?;
-    Ok(Socket::Listening(
-        listener,
-        Some(SocketPath { path, identity }),
-    ))
+    Ok((listener, SocketPath { path, identity }))
 }
 
 /// Removes a socket that nobody listens on; refuses anything else.
@@ -173,7 +202,7 @@ fn inherit(fd: RawFd) -> Result<Socket, String> {
     // else in it uses that number.
     let owned = unsafe { OwnedFd::from_raw_fd(fd) };
     Ok(if listening {
-        Socket::Listening(UnixListener::from(owned), None)
+        Socket::Listening(UnixListener::from(owned))
     } else {
         Socket::Connected(UnixStream::from(owned))
     })

@@ -30,8 +30,8 @@ impl Notify {
     }
 
     /// Everything is served from now on.
-    pub(super) fn ready(&self, disks: usize) {
-        self.send(&format!("READY=1\nSTATUS=serving {disks} disk(s)\n"));
+    pub(super) fn ready(&self, count: usize, devices: &str) {
+        self.send(&format!("READY=1\nSTATUS=serving {count} {devices}\n"));
     }
 
     /// Nothing new is served any more.

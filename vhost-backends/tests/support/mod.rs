@@ -2,6 +2,8 @@
 #![allow(unsafe_code, dead_code)]
 // UNSAFETY: the frontend takes raw buffers.
 
+pub(crate) mod daemon;
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;

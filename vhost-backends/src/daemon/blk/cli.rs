@@ -1,13 +1,11 @@
 //! The command line. One disk has flags; several have `--disk`, whose keys are the same flags.
 
 use super::disk::{DiskArgs, UseArgs};
+use crate::daemon::{Operation, SocketArgs};
 use crate::limit::Limits;
 use crate::limits::{MAX_DISKS, MAX_QUEUES};
-use crate::sandbox::{Sandbox, SandboxMode, SeccompMode};
 use clap::{ArgAction, Args, CommandFactory, Parser};
 use pv_abi::virtio::block::ID_LEN;
-use std::os::fd::RawFd;
-use std::path::PathBuf;
 
 /// Serves disk images as vhost-user block devices.
 #[derive(Debug, Parser)]
@@ -29,27 +27,8 @@ pub(super) struct Cli {
     /// One of several disks: KEY=VALUE,...
     #[arg(long, value_name = "KEYS")]
     disk: Vec<String>,
-    /// Answer GET /metrics (Prometheus) and GET /stats (JSON) here, over HTTP.
-    #[arg(long, value_name = "PATH")]
-    pub(super) stats_socket: Option<PathBuf>,
-    /// The same, and PUT /disks/NAME/limits, for this user alone.
-    #[arg(long, value_name = "PATH")]
-    pub(super) control_socket: Option<PathBuf>,
-    /// Confinement once everything is open: namespaces, capabilities, no_new_privs, Landlock.
-    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
-    sandbox: SandboxMode,
-    /// System calls that serving does not need: end the process, or only log them.
-    #[arg(long, value_enum, value_name = "MODE", default_value_t)]
-    seccomp: SeccompMode,
-    /// Try what the sandbox must refuse, print what happened, and exit.
-    #[arg(long)]
-    pub(super) self_test: bool,
-    /// Log what is in force and who connects, not only what goes wrong.
-    #[arg(long, short)]
-    pub(super) verbose: bool,
-    /// Print what this program can do, as JSON, and exit.
-    #[arg(long, exclusive = true)]
-    pub(super) print_capabilities: bool,
+    #[command(flatten)]
+    pub(super) operation: Operation,
 }
 
 /// One disk: what it is, how it is reached, what it may do.
@@ -82,18 +61,6 @@ pub(super) struct OneDisk {
     bandwidth_burst: u64,
 }
 
-/// How a disk is reached.
-#[derive(Args, Clone, Debug)]
-#[group(multiple = false)]
-pub(super) struct SocketArgs {
-    /// Make and listen on this socket.
-    #[arg(long, value_name = "PATH")]
-    pub(super) socket_path: Option<PathBuf>,
-    /// Use this inherited socket, listening or connected.
-    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(0..))]
-    pub(super) fd: Option<RawFd>,
-}
-
 /// The keys of `--disk`, as a command line of their own.
 #[derive(Debug, Parser)]
 #[command(name = "--disk", disable_help_flag = true)]
@@ -116,21 +83,11 @@ impl OneDisk {
 }
 
 impl Cli {
-    pub(super) fn sandbox(&self) -> Sandbox {
-        Sandbox {
-            mode: self.sandbox,
-            seccomp: self.seccomp,
-        }
-    }
-
     /// The disks, each with its name. The error is a sentence.
     pub(super) fn disks(&self) -> Result<Vec<(String, OneDisk)>, String> {
         let disks = if self.disk.is_empty() {
             vec![self.one.clone()]
-        } else if self.one.source.is_given()
-            || self.one.socket.fd.is_some()
-            || self.one.socket.socket_path.is_some()
-        {
+        } else if self.one.source.is_given() || self.one.socket.is_given() {
             return Err(
                 "--disk names everything about a disk; --blk-file, --socket-path and --fd \
                         are for a single one"

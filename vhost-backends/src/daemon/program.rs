@@ -1,0 +1,78 @@
+//! A daemon's outside: its log, its exit code, and what it prints instead of serving.
+//!
+//! Nobody need read what it prints: output that cannot be written is lost, and nothing else.
+
+use super::options::Operation;
+use crate::sandbox::{Outcome, Sandbox, probe_all};
+use clap::Parser;
+use std::ffi::OsString;
+use std::fmt;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+/// A command line, or the exit code of a program that has printed why there is none.
+pub(crate) fn parse<C: Parser>(args: impl IntoIterator<Item = OsString>) -> Result<C, ExitCode> {
+    C::try_parse_from(args).map_err(|error| {
+        // Help and version are no errors, and go to standard output.
+        let _ = error.print();
+        ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+    })
+}
+
+/// Does what the command line says: prints and ends, or serves until the end.
+pub(crate) fn start(
+    name: &'static str,
+    operation: &Operation,
+    capabilities: &serde_json::Value,
+    serve: impl FnOnce() -> Result<(), String>,
+) -> ExitCode {
+    if operation.print_capabilities {
+        print(format_args!("{capabilities}"));
+        return ExitCode::SUCCESS;
+    }
+    let level = if operation.verbose {
+        tracing::Level::INFO
+    } else {
+        tracing::Level::WARN
+    };
+    // An embedding program may have a subscriber already; then that one is used.
+    let _ = tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_max_level(level)
+        .without_time()
+        // It would report what standard error does not take on standard error.
+        .log_internal_errors(false)
+        .try_init();
+    // The default hook may read debug information, for which there are no paths in the sandbox.
+    std::panic::set_hook(Box::new(|info| tracing::error!("bug: {info}")));
+    let outcome = if operation.self_test {
+        self_test(operation.sandbox())
+    } else {
+        serve()
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(sentence) => {
+            let _ = writeln!(io::stderr(), "{name}: {sentence}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(line: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stdout(), "{line}");
+}
+
+fn self_test(sandbox: Sandbox) -> Result<(), String> {
+    let outcomes =
+        probe_all(sandbox).map_err(|error| format!("cannot start a process: {error}"))?;
+    let mut open = 0;
+    for (probe, outcome) in outcomes {
+        print(format_args!("{:<12} {outcome}", probe.name));
+        open += usize::from(matches!(outcome, Outcome::Allowed | Outcome::NotEntered));
+    }
+    match open {
+        0 => Ok(()),
+        _ => Err(format!("{open} of these calls were not refused")),
+    }
+}
