@@ -1,14 +1,18 @@
 //! What the cross-crate tests share: which accels to run on, disks, and the suite's VM.
 //!
 //! `PV_ACCEL` chooses the accels: `kvm` or `process` forces one (and fails where it cannot be had),
-//! `all` forces both, unset runs on every accel that works here and says which do not.
+//! `all` forces both, unset runs on every accel that works here and says which do not. `PV_BACKEND`
+//! chooses where disks' backends run: `process`, `in-process`, or both if it is unset.
 
 use anyhow::{Context, bail};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use vhost_backends::block::{BlockDevice, BlockOptions};
+use vhost_backends::engine::{FileOptions, RawFile};
+use vhost_backends::session;
 use vmm_core::{Accel, BlockConfig, Image, VmBuilder};
 
 /// Bytes of a test disk.
@@ -42,6 +46,37 @@ pub fn accels() -> anyhow::Result<Vec<Accel>> {
             .with_context(|| format!("PV_ACCEL={forced} forces {accel}"))?;
     }
     Ok(wanted)
+}
+
+/// Where the backend of a disk runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// In a `pv-blkd` that the VMM supervises.
+    Process,
+    /// On a thread of the VMM's own process.
+    InProcess,
+}
+
+impl std::fmt::Display for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Backend::Process => "process",
+            Backend::InProcess => "in-process",
+        })
+    }
+}
+
+/// The places for backends to run in.
+///
+/// # Errors
+/// When `PV_BACKEND` names none.
+pub fn backends() -> anyhow::Result<Vec<Backend>> {
+    match std::env::var("PV_BACKEND").unwrap_or_default().as_str() {
+        "" | "all" => Ok(vec![Backend::Process, Backend::InProcess]),
+        "process" => Ok(vec![Backend::Process]),
+        "in-process" => Ok(vec![Backend::InProcess]),
+        other => bail!("PV_BACKEND is {other:?}; it is process, in-process or all"),
+    }
 }
 
 /// The block daemon's executable: `PV_BLKD`, or the one that was built beside the tests.
@@ -92,6 +127,37 @@ pub fn disk(image: &Path, arguments: &[&str]) -> BlockConfig {
         command
     })
     .queues(2)
+}
+
+/// The device of a disk with two queues, for a backend in this process.
+///
+/// # Errors
+/// When the image cannot be opened.
+pub fn block_device(image: &Path, read_only: bool) -> std::io::Result<Arc<BlockDevice>> {
+    let options = FileOptions {
+        read_only,
+        direct: false,
+    };
+    let file = RawFile::open(image, options)?;
+    Ok(Arc::new(BlockDevice::new(
+        file,
+        BlockOptions::with_queues(2),
+    )))
+}
+
+/// A disk whose backend runs there.
+///
+/// # Panics
+/// When the daemon's executable has not been built, or the image cannot be opened.
+pub fn disk_in(backend: Backend, image: &Path, read_only: bool) -> BlockConfig {
+    match backend {
+        Backend::Process if read_only => disk(image, &["--read-only"]),
+        Backend::Process => disk(image, &[]),
+        Backend::InProcess => {
+            let device = block_device(image, read_only).expect("the disk image");
+            BlockConfig::in_process(move |stream| session::serve(&*device, stream)).queues(2)
+        }
+    }
 }
 
 /// A disk image of [`DISK_LEN`] zero bytes.

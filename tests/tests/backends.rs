@@ -1,13 +1,15 @@
-//! Backends that are not supervised, and backends that do not play by the rules.
+//! Backends that are not supervised, backends in this process, and backends that do not play by the
+//! rules.
 
-use paravane_tests::{accels, blank_image, patience, pv_blkd, suite_vm};
+use paravane_tests::{accels, blank_image, block_device, patience, pv_blkd, suite_vm};
 use std::io::Read;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use vhost_backends::session;
 use vmm_core::{BlockConfig, BuildError, Image, VmBuilder, VmEvent};
 
 /// A `pv-blkd` that the test runs, as somebody else would.
@@ -221,4 +223,88 @@ fn stopping_does_not_wait_for_a_mute_backend() {
         );
         relay.join().unwrap();
     }
+}
+
+/// A disk of this process, and how many of its backends run now.
+fn counted_disk(image: &Path) -> (BlockConfig, Arc<AtomicU64>) {
+    struct Running(Arc<AtomicU64>);
+    impl Drop for Running {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+    blank_image(image).unwrap();
+    let device = block_device(image, false).unwrap();
+    let running = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&running);
+    let serve = move |stream| {
+        count.fetch_add(1, Ordering::SeqCst);
+        let _running = Running(Arc::clone(&count));
+        session::serve(&*device, stream)
+    };
+    (
+        BlockConfig::in_process(serve).queues(2).name("disk"),
+        running,
+    )
+}
+
+#[test]
+fn a_backend_of_this_process_ends_with_its_vm() {
+    for accel in accels().unwrap() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("disk.img");
+        let vm = |case: &str, disk| suite_vm(case, accel).unwrap().block(disk);
+        let build = |case: &str| {
+            let (disk, running) = counted_disk(&image);
+            (vm(case, disk).build().unwrap(), running)
+        };
+
+        let (built, running) = build("block.identify");
+        assert_eq!(running.load(Ordering::SeqCst), 1);
+        drop(built);
+        assert_eq!(running.load(Ordering::SeqCst), 0, "{accel}: never run");
+
+        let (built, running) = build("block.identify");
+        let handle = built.run().unwrap();
+        let reason = handle.wait_timeout(patience(30)).expect("in time");
+        assert_eq!(reason.code(), Some(0), "{reason}");
+        assert_eq!(handle.backend_pids(), [0]);
+        drop(handle);
+        assert_eq!(running.load(Ordering::SeqCst), 0, "{accel}: at its end");
+
+        let (built, running) = build("life.spin");
+        let handle = built.run().unwrap();
+        handle.stop();
+        drop(handle);
+        assert_eq!(running.load(Ordering::SeqCst), 0, "{accel}: stopped");
+
+        // Another device cannot be had, so that there is no VM.
+        let (disk, running) = counted_disk(&image);
+        let bad = BlockConfig::in_process(|_| Err(std::io::Error::other("no disk")));
+        vm("block.identify", disk).block(bad).build().unwrap_err();
+        assert_eq!(running.load(Ordering::SeqCst), 0, "{accel}: not built");
+    }
+}
+
+#[test]
+fn a_backend_of_this_process_that_does_not_end_is_left_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    blank_image(&image).unwrap();
+    let device = block_device(&image, false).unwrap();
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    let disk = BlockConfig::in_process(move |stream: UnixStream| {
+        let outcome = session::serve(&*device, stream);
+        // As one does whose file system hangs.
+        let _ = held.lock().unwrap().recv();
+        outcome
+    });
+    let accel = accels().unwrap().pop().unwrap();
+    let vm = suite_vm("life.spin", accel).unwrap().block(disk);
+    let vm = vm.build().unwrap().run().unwrap();
+    let started = Instant::now();
+    drop(vm);
+    assert!(started.elapsed() < patience(10), "{:?}", started.elapsed());
+    drop(release);
 }

@@ -1,18 +1,24 @@
 //! The guest suite: every case of the guest `suite`, on every accel, each in a VM of its own with
-//! two disks behind `pv-blkd`, a console and an entropy device.
+//! two disks, a console and an entropy device. The disks are behind `pv-blkd`; the cases that are
+//! about disks run a second time with backends in the VMM's own process (`PV_BACKEND` chooses).
 //!
 //! Beside all of it runs, on each accel, a neighbour VM in the same process, which must not notice.
 
 use anyhow::{Context, bail, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
-use paravane_tests::{accels, blank_image, disk, patience, suite_vm};
+use paravane_tests::{
+    Backend, accels, backends, blank_image, block_device, disk_in, patience, suite_vm,
+};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
+use vhost_backends::session::{Server, SessionEnd};
 use vmm_core::pv_abi::call::number;
 use vmm_core::{
-    Accel, ExitReason, FaultClass, Image, LogLevel, Refusal, Violation, VmBuilder, VmHandle,
+    Accel, BlockConfig, ExitReason, FaultClass, Image, LogLevel, Refusal, Violation, VmBuilder,
+    VmHandle,
 };
 
 /// How a case has to end.
@@ -189,12 +195,21 @@ fn main() -> anyhow::Result<()> {
             .map(|a| Neighbour::start(*a))
             .collect::<anyhow::Result<Vec<_>>>()?
     };
+    let backends = backends()?;
     let mut trials = Vec::new();
     for accel in &accels {
-        for (case, end) in CASES {
+        for (backend, (case, end)) in backends
+            .iter()
+            .flat_map(|b| cases(*b).map(move |c| (*b, c)))
+        {
             let (accel, skipped) = (*accel, Arc::clone(&skipped));
-            trials.push(Trial::test(format!("{accel}::{case}"), move || {
-                run(case, *end, accel, &skipped).map_err(|e| Failed::from(format!("{e:#}")))
+            let place = match backend {
+                Backend::Process => String::new(),
+                Backend::InProcess => format!("{backend}::"),
+            };
+            trials.push(Trial::test(format!("{accel}::{place}{case}"), move || {
+                run(case, *end, accel, backend, &skipped)
+                    .map_err(|e| Failed::from(format!("{e:#}")))
             }));
         }
     }
@@ -202,6 +217,10 @@ fn main() -> anyhow::Result<()> {
     if !arguments.list {
         for accel in &accels {
             println!("suite on {accel}: {} cases", CASES.len());
+            for backend in &backends {
+                let count = cases(*backend).filter(|c| about_disks(c.0)).count();
+                println!("suite on {accel}: {count} cases of disks, backends {backend}");
+            }
         }
         for line in skipped
             .lock()
@@ -217,7 +236,27 @@ fn main() -> anyhow::Result<()> {
     conclusion.exit()
 }
 
-fn run(case: &str, end: End, accel: Accel, skipped: &Mutex<Vec<String>>) -> anyhow::Result<()> {
+/// Whether a case depends on who serves the disks.
+fn about_disks(case: &str) -> bool {
+    ["block.", "ring.", "device.", "soak."]
+        .iter()
+        .any(|room| case.starts_with(room))
+}
+
+/// The cases to run with backends there.
+fn cases(backend: Backend) -> impl Iterator<Item = &'static (&'static str, End)> {
+    CASES
+        .iter()
+        .filter(move |(case, _)| backend == Backend::Process || about_disks(case))
+}
+
+fn run(
+    case: &str,
+    end: End,
+    accel: Accel,
+    backend: Backend,
+    skipped: &Mutex<Vec<String>>,
+) -> anyhow::Result<()> {
     if case == "inert.never_starts" {
         return never_starts(accel);
     }
@@ -244,16 +283,15 @@ fn run(case: &str, end: End, accel: Accel, skipped: &Mutex<Vec<String>>) -> anyh
     blank_image(&image)?;
     let other = folder.path().join("other.img");
     blank_image(&other)?;
-    let arguments: &[&str] = if case == "block.read_only" {
-        &["--read-only"]
-    } else {
-        &[]
-    };
     let transcript = Transcript::default();
     let soak = Arc::new(Soak::default());
+    let disk = match backend {
+        Backend::InProcess if case == "soak.kill" => soak.disk(&image)?,
+        _ => disk_in(backend, &image, case == "block.read_only"),
+    };
     let builder = suite_vm(case, accel)?
-        .block(disk(&image, arguments).name("disk"))
-        .block(disk(&other, &[]).name("other"))
+        .block(disk.name("disk"))
+        .block(disk_in(backend, &other, false).name("other"))
         .rng();
     let builder = transcript.attach(calls(builder, &image, &soak));
     let vm = builder.build().context("build")?.run().context("run")?;
@@ -294,7 +332,7 @@ fn run(case: &str, end: End, accel: Accel, skipped: &Mutex<Vec<String>>) -> anyh
             ensure!(kills >= KILLS, "only {kills} kills");
             ensure!(stats.backend_reconnects >= KILLS, "{stats:?}");
             println!(
-                "{accel}::soak.kill: {kills} kills, {} writes verified, {} losses, {} reconnects",
+                "{accel}::soak.kill, backends {backend}: {kills} ends, {} writes verified, {} losses, {} reconnects",
                 soak.writes.load(Ordering::Relaxed),
                 stats.backend_losses,
                 stats.backend_reconnects
@@ -417,16 +455,42 @@ struct Soak {
     last_pid: AtomicU64,
     kills: AtomicU64,
     writes: AtomicU64,
+    /// Dropped, it ends the backend that runs in this process now.
+    ending: Mutex<Option<UnixStream>>,
 }
 
 impl Soak {
-    /// Kills the backend of the first disk, if it is one that has not been killed yet.
+    /// A disk whose backend runs in this process, and ends when it is told to: once with a panic.
+    fn disk(self: &Arc<Soak>, image: &Path) -> std::io::Result<BlockConfig> {
+        let (device, soak) = (block_device(image, false)?, Arc::clone(self));
+        let serve = move |stream| {
+            let (ending, stop) = UnixStream::pair()?;
+            let server = Server::new(device.clone(), stop.into());
+            if let Ok(mut slot) = soak.ending.lock() {
+                *slot = Some(ending);
+            }
+            if server.serve(stream) == SessionEnd::Stopped
+                && soak.kills.load(Ordering::Relaxed) == 2
+            {
+                // A panic that says nothing on standard error.
+                std::panic::resume_unwind(Box::new("as the test wants"));
+            }
+            Ok(())
+        };
+        Ok(BlockConfig::in_process(serve).queues(2))
+    }
+
+    /// Ends the backend of the first disk, if it is one that has not been ended yet.
     fn kill(&self) -> Option<u64> {
         let vm = self.vm.get()?.upgrade()?;
         let pid = *vm.backend_pids().first()?;
         if pid != 0 && self.last_pid.swap(pid.into(), Ordering::Relaxed) != u64::from(pid) {
             kill_9(pid);
             self.kills.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(ending) = self.ending.lock().ok()?.take() {
+            self.kills.fetch_add(1, Ordering::Relaxed);
+            drop(ending);
         }
         Some(u64::from(self.kills.load(Ordering::Relaxed) >= KILLS))
     }

@@ -6,6 +6,9 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use vhost_backends::block::{BlockDevice, BlockOptions};
+use vhost_backends::engine::NullStore;
+use vhost_backends::session;
 use vmm_core::{Accel, BlockConfig, Image, VmBuilder};
 
 /// The shape of a VM.
@@ -14,6 +17,8 @@ struct Shape {
     vcpus: u32,
     /// Queues of each block device.
     blocks: &'static [u16],
+    /// Of these, as many have their backends in this process, the first ones.
+    in_process: usize,
     console: bool,
     rng: bool,
     memory: u64,
@@ -30,7 +35,13 @@ fn budget(accel: Accel, shape: Shape) -> usize {
         + usize::from(shape.rng);
     let arenas = blocks + usize::from(local > 0);
     let events = 2 * queues + devices + vcpus;
-    let common = events + 1 + 2 * arenas + 4 + 6 * blocks + usize::from(shape.console);
+    let common = events
+        + 1
+        + 2 * arenas
+        + 4
+        + 6 * blocks
+        + 3 * shape.in_process
+        + usize::from(shape.console);
     common
         + match accel {
             Accel::Kvm => 1 + 2 * vcpus,
@@ -51,8 +62,15 @@ fn build(accel: Accel, shape: Shape, disk: &std::path::Path) -> vmm_core::Vm {
     if shape.rng {
         builder = builder.rng();
     }
-    for queues in shape.blocks {
+    for (index, queues) in shape.blocks.iter().enumerate() {
         let (disk, queues) = (disk.to_owned(), *queues);
+        if index < shape.in_process {
+            let device =
+                BlockDevice::new(NullStore::new(1 << 20), BlockOptions::with_queues(queues));
+            let backend = BlockConfig::in_process(move |stream| session::serve(&device, stream));
+            builder = builder.block(backend.queues(queues));
+            continue;
+        }
         let backend = BlockConfig::spawn(move || {
             let mut command = Command::new(env!("CARGO_BIN_EXE_first-vmm"));
             command.arg0("pv-blkd").arg("--blk-file").arg(&disk);
@@ -76,6 +94,7 @@ fn a_vm_holds_the_descriptors_that_the_threat_model_says() {
     let small = Shape {
         vcpus: 1,
         blocks: &[],
+        in_process: 0,
         console: false,
         rng: false,
         memory: 16 << 20,
@@ -97,6 +116,11 @@ fn a_vm_holds_the_descriptors_that_the_threat_model_says() {
         Shape {
             memory: 4 << 30,
             blocks: &[2],
+            ..small
+        },
+        Shape {
+            blocks: &[4, 1],
+            in_process: 1,
             ..small
         },
     ];

@@ -27,6 +27,7 @@ pub fn run(args: &Args) -> Result<Report> {
         image: &guest,
         disk: disk.place.path(),
         accel: args.accel,
+        backend: args.backend,
         vcpus: args.vcpus,
         memory: args.memory,
         timeout: args.timeout,

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 /// Packs a folder into a disk, lets a Paravane guest hash it, and checks the result.
 ///
-/// The folder becomes a FAT disk image. A separate process, pv-blkd, serves it over vhost-user. The
-/// guest mounts it, hashes every file with SHA-256, writes the manifest SHA256.TXT into the root and
+/// The folder becomes a FAT disk image. A separate process, pv-blkd, serves it over vhost-user (or a
+/// thread of this one does, with the same code). The guest mounts it, hashes every file with SHA-256, writes the manifest SHA256.TXT into the root and
 /// flushes. Then the image is opened again here, and every file and every line is checked.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "quickstart", version, max_term_width = 100, after_help = EXAMPLES)]
@@ -20,6 +20,10 @@ pub struct Args {
     /// What runs the guest
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     pub accel: Accel,
+
+    /// Where the disk's backend runs
+    #[arg(long, value_enum, default_value_t = Backend::Process)]
+    pub backend: Backend,
 
     /// Keep the disk image here; one that exists is taken as it is, without a FOLDER
     #[arg(long, value_name = "PATH")]
@@ -66,6 +70,15 @@ pub enum Accel {
     Kvm,
     /// A confined Linux process
     Process,
+}
+
+/// Where the disk's backend runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// A process of its own, in a sandbox of its own
+    Process,
+    /// A thread of this process
+    InProcess,
 }
 
 /// Bytes from `512M`, `1G`, `65536K` or a plain number; `MiB` and `MB` mean the same as `M`.

@@ -1,6 +1,6 @@
-//! The guest's run: a VM with one disk, served by another process.
+//! The guest's run: a VM with one disk, served by another process, or by a thread of this one.
 
-use crate::cli::Accel as Choice;
+use crate::cli::{Accel as Choice, Backend};
 use crate::interrupt;
 use crate::report::say;
 use anyhow::{Context, Result, bail};
@@ -10,6 +10,9 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use vhost_backends::block::{BlockDevice, BlockOptions};
+use vhost_backends::engine::{FileOptions, RawFile};
+use vhost_backends::session;
 use vmm_core::{Accel, BlockConfig, ExitReason, Image, LogLevel, VmBuilder, VmHandle};
 
 /// The name under which this program, started again, is the block backend.
@@ -30,6 +33,8 @@ pub struct GuestRun<'a> {
     pub disk: &'a Path,
     /// What runs it.
     pub accel: Choice,
+    /// Where its disk's backend runs.
+    pub backend: Backend,
     /// Its virtual CPUs.
     pub vcpus: u32,
     /// Bytes of its memory.
@@ -96,15 +101,10 @@ pub fn run_guest(run: &GuestRun<'_>) -> Result<Outcome> {
 }
 
 fn builder(run: &GuestRun<'_>, heard: &Shared) -> Result<VmBuilder> {
-    // The backend is started by path from wherever the VMM likes. Links stay as they are: one in
-    // /proc leads to a file that has no other path.
-    let disk = std::path::absolute(run.disk)
-        .with_context(|| format!("cannot find {}", run.disk.display()))?;
-    let backend = BlockConfig::spawn(move || {
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0(BACKEND).arg("--blk-file").arg(&disk);
-        command
-    });
+    let backend = match run.backend {
+        Backend::Process => backend_process(run.disk)?,
+        Backend::InProcess => backend_thread(run.disk)?,
+    };
     let (started, reported, logged) = (heard.clone(), heard.clone(), heard.clone());
     let builder = VmBuilder::new(run.image.clone())
         .vcpus(run.vcpus)
@@ -132,6 +132,27 @@ fn builder(run: &GuestRun<'_>, heard: &Shared) -> Result<VmBuilder> {
         Choice::Kvm => builder.accel(Accel::Kvm),
         Choice::Process => builder.accel(Accel::Process),
     })
+}
+
+fn backend_process(disk: &Path) -> Result<BlockConfig> {
+    // The backend is started by path from wherever the VMM likes. Links stay as they are: one in
+    // /proc leads to a file that has no other path.
+    let disk =
+        std::path::absolute(disk).with_context(|| format!("cannot find {}", disk.display()))?;
+    Ok(BlockConfig::spawn(move || {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0(BACKEND).arg("--blk-file").arg(&disk);
+        command
+    }))
+}
+
+fn backend_thread(disk: &Path) -> Result<BlockConfig> {
+    let file = RawFile::open(disk, FileOptions::default())
+        .with_context(|| format!("cannot open {}", disk.display()))?;
+    let device = BlockDevice::new(file, BlockOptions::with_queues(1));
+    Ok(BlockConfig::in_process(move |stream| {
+        session::serve(&device, stream)
+    }))
 }
 
 fn lock(heard: &Shared) -> std::sync::MutexGuard<'_, Heard> {

@@ -35,6 +35,7 @@ fn help_tells_every_option() {
     let help = String::from_utf8(output.stdout).unwrap();
     let options = [
         "--accel",
+        "--backend",
         "--disk",
         "--vcpus",
         "--memory",
@@ -51,6 +52,7 @@ fn help_tells_every_option() {
 #[test]
 fn arguments() {
     assert!(complaint(&["--accel", "xen"]).contains("possible values: auto, kvm, process"));
+    assert!(complaint(&["--backend", "thread"]).contains("possible values: process, in-process"));
     assert!(complaint(&["--vcpus", "0"]).contains("1..=64"));
     assert!(complaint(&["--memory", "1M"]).contains("less than 64 MiB"));
     assert!(complaint(&["--memory", "lots"]).contains("write it as 64M or 1G"));

@@ -96,16 +96,18 @@ fn folder() -> (TempDir, PathBuf) {
 }
 
 #[test]
-fn one_guest_on_every_accel() {
+fn one_guest_on_every_accel_with_every_backend() {
     let (_dir, folder) = folder();
     let mut guests = Vec::new();
     for accel in accels() {
-        let table = table(&["--accel", &accel, text(&folder)]);
-        assert_eq!(row(&table, "accel"), accel);
-        assert_eq!(row(&table, "files"), "3");
-        assert_eq!(row(&table, "bytes"), "6000001");
-        assert!(row(&table, "hashed at").ends_with("MB/s"), "{table}");
-        guests.push(row(&table, "guest ELF sha256").to_owned());
+        for backend in ["process", "in-process"] {
+            let table = table(&["--accel", &accel, "--backend", backend, text(&folder)]);
+            assert_eq!(row(&table, "accel"), accel);
+            assert_eq!(row(&table, "files"), "3");
+            assert_eq!(row(&table, "bytes"), "6000001");
+            assert!(row(&table, "hashed at").ends_with("MB/s"), "{table}");
+            guests.push(row(&table, "guest ELF sha256").to_owned());
+        }
     }
     guests.dedup();
     assert_eq!(guests.len(), 1, "not the same guest everywhere");

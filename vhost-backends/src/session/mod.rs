@@ -35,7 +35,7 @@ pub use backend_channel::FrontendLink;
 pub use device::{ConfigRefused, Device, Notifier, QueueSetup, QueueStop, QueueWorker};
 pub use memory::MemoryError;
 pub use request::Refusal;
-pub use server::{ConnectionEvent, Server, ServerHandle, SessionEnd};
+pub use server::{ConnectionEvent, Server, ServerHandle, SessionEnd, serve};
 
 use crate::limits::{MAX_MEM_SLOTS, MAX_QUEUES, MAX_REFUSALS_LOGGED, MAX_RING_SIZE};
 use crate::ring::crash::{Point, hit};

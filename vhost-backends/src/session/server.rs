@@ -5,7 +5,7 @@ use crate::session::Session;
 use crate::session::device::Device;
 use crate::session::socket::{Channel, ChannelEnd};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -28,6 +28,20 @@ pub enum ConnectionEvent {
     Connected,
     /// Its connection is over, and everything is drained.
     Ended(SessionEnd),
+}
+
+/// Serves one connection of `device` on the calling thread, until the frontend hangs up. All I/O is
+/// drained then. For a VMM that serves a device in its own process.
+///
+/// # Errors
+/// When the connection ended in another way.
+pub fn serve(device: &dyn Device, stream: UnixStream) -> io::Result<()> {
+    // Nobody sets it: hanging up is what ends this.
+    let never = Event::new()?;
+    match serve_until(device, stream, never.as_fd()) {
+        SessionEnd::HangUp | SessionEnd::Stopped => Ok(()),
+        SessionEnd::Broken => Err(io::Error::other("the connection broke")),
+    }
 }
 
 type Watch = dyn Fn(ConnectionEvent) + Send + Sync;
@@ -67,7 +81,7 @@ impl Server {
     /// came over the connection is closed.
     pub fn serve(&self, stream: UnixStream) -> SessionEnd {
         self.tell(ConnectionEvent::Connected);
-        let end = self.serve_one(stream);
+        let end = serve_until(&*self.device, stream, self.stop.as_fd());
         self.tell(ConnectionEvent::Ended(end));
         end
     }
@@ -75,20 +89,6 @@ impl Server {
     fn tell(&self, event: ConnectionEvent) {
         if let Some(watch) = &self.watch {
             watch(event);
-        }
-    }
-
-    fn serve_one(&self, stream: UnixStream) -> SessionEnd {
-        let mut channel = Channel::new(stream, self.stop.as_fd());
-        let mut session = Session::new(&*self.device);
-        let end = session.serve(&mut channel);
-        match end {
-            ChannelEnd::HangUp => SessionEnd::HangUp,
-            ChannelEnd::Stopped => SessionEnd::Stopped,
-            other => {
-                tracing::warn!(reason = %other, "connection ended");
-                SessionEnd::Broken
-            }
         }
     }
 
@@ -128,6 +128,18 @@ impl Server {
             stop,
             thread: Some(thread),
         })
+    }
+}
+
+fn serve_until(device: &dyn Device, stream: UnixStream, stop: BorrowedFd<'_>) -> SessionEnd {
+    let mut channel = Channel::new(stream, stop);
+    match Session::new(device).serve(&mut channel) {
+        ChannelEnd::HangUp => SessionEnd::HangUp,
+        ChannelEnd::Stopped => SessionEnd::Stopped,
+        other => {
+            tracing::warn!(reason = %other, "connection ended");
+            SessionEnd::Broken
+        }
     }
 }
 

@@ -2,14 +2,15 @@
 //!
 //! A [`Slot`] is one entry of the device table. It owns the state (absent, negotiated, active,
 //! needs-reset), freezes the queues at activation, and is the only place that writes the entry.
-//! What serves the queues is a [`Backend`]: in this process ([`console`], [`rng`]) or in another
-//! one ([`block`], over vhost-user).
+//! What serves the queues is a [`Backend`]: an event loop of this process ([`console`], [`rng`]), or
+//! who is at the other end of a vhost-user socket ([`vhost_user`], for [`block`]).
 
 pub(crate) mod block;
 pub(crate) mod console;
 pub(crate) mod local;
 pub(crate) mod rng;
 mod setup;
+pub(crate) mod vhost_user;
 
 pub(crate) use setup::{QueueConfig, Setup};
 
@@ -26,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What a backend offers to the driver.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Offer {
+pub struct Offer {
     /// Virtio feature bits.
     pub(crate) features: u64,
     /// Configuration space.

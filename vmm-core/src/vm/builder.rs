@@ -9,11 +9,12 @@ use super::shared::{LogSink, Shared, SharedParts};
 use super::stats::Counters;
 use super::{LogLevel, VmEvent};
 use crate::accel::{Accel, AccelError, AccelInput, Reporter, Vcpu};
-use crate::device::block::link::{EventSink, Reports};
-use crate::device::block::{BlockConfig, Link};
+use crate::device::block::BlockConfig;
 use crate::device::console::{Console, Input, Output};
 use crate::device::local::{LocalEndpoint, LocalThread, Starter};
 use crate::device::rng::Rng;
+use crate::device::vhost_user::link::{EventSink, Reports};
+use crate::device::vhost_user::{Link, Remote};
 use crate::device::{Backend, DeviceInfo, DeviceIo, Offer, Slot, console, rng};
 use crate::fault::ExitReason;
 use crate::image::Image;
@@ -94,7 +95,7 @@ pub struct VmBuilder {
     cmdline: String,
     console: Option<Output>,
     rng: bool,
-    blocks: Vec<BlockConfig>,
+    remotes: Vec<Remote>,
     registry: Registry,
     registry_error: Option<RegistryError>,
     log: Option<LogSink>,
@@ -109,7 +110,7 @@ impl std::fmt::Debug for VmBuilder {
             .field("accel", &self.accel)
             .field("vcpus", &self.vcpus)
             .field("memory", &self.memory)
-            .field("blocks", &self.blocks)
+            .field("remotes", &self.remotes)
             .finish_non_exhaustive()
     }
 }
@@ -128,7 +129,7 @@ impl VmBuilder {
             cmdline: String::new(),
             console: None,
             rng: false,
-            blocks: Vec::new(),
+            remotes: Vec::new(),
             registry: Registry::default(),
             registry_error: None,
             log: None,
@@ -199,7 +200,7 @@ impl VmBuilder {
 
     /// A block device. May be given more than once; the guest sees them in this order.
     pub fn block(mut self, config: BlockConfig) -> VmBuilder {
-        self.blocks.push(config);
+        self.remotes.push(config.any());
         self
     }
 
@@ -269,7 +270,7 @@ impl VmBuilder {
             MAX_CMDLINE as u64,
         )?;
         let devices =
-            self.blocks.len() + usize::from(self.rng) + usize::from(self.console.is_some());
+            self.remotes.len() + usize::from(self.rng) + usize::from(self.console.is_some());
         range(
             "the number of devices",
             devices as u64,
@@ -278,35 +279,35 @@ impl VmBuilder {
         )?;
         range(
             "the number of arenas",
-            self.blocks.len() as u64 + 1,
+            self.remotes.len() as u64 + 1,
             0,
             MAX_ARENAS.into(),
         )?;
-        for block in &mut self.blocks {
+        for remote in &mut self.remotes {
             range(
                 "the number of queues",
-                block.queues.into(),
+                remote.model.queues().into(),
                 1,
                 MAX_QUEUES.into(),
             )?;
             range(
                 "the queue size",
-                block.queue_size.into(),
+                remote.queue_size.into(),
                 2,
                 MAX_QUEUE_SIZE.into(),
             )?;
-            if !block.queue_size.is_power_of_two() {
+            if !remote.queue_size.is_power_of_two() {
                 return Err(BuildError::OutOfRange {
                     what: "the queue size",
-                    value: block.queue_size.into(),
+                    value: remote.queue_size.into(),
                     range: "a power of two".into(),
                 });
             }
-            range("the arena in bytes", block.arena, 1, ARENA_STRIDE)?;
-            block.arena = block.arena.max(MIN_ARENA).next_multiple_of(MIN_ARENA);
+            range("the arena in bytes", remote.arena, 1, ARENA_STRIDE)?;
+            remote.arena = remote.arena.max(MIN_ARENA).next_multiple_of(MIN_ARENA);
             range(
                 "the length of a device's name",
-                block.name.len() as u64,
+                remote.name.len() as u64,
                 0,
                 32,
             )?;
@@ -333,15 +334,11 @@ impl VmBuilder {
         if needed > MAX_EVENTS {
             return Err(BuildError::TooManyQueues { needed });
         }
-        let in_process = wants.iter().any(|w| w.block.is_none());
+        let in_process = wants.iter().any(|w| w.remote.is_none());
         let arenas: Vec<u64> = in_process
             .then_some(HOST_ARENA)
             .into_iter()
-            .chain(
-                wants
-                    .iter()
-                    .filter_map(|w| w.block.map(|b| self.blocks.get(b).map_or(0, |c| c.arena))),
-            )
+            .chain(self.remotes.iter().map(|r| r.arena))
             .collect();
         let map = AddressMap::new(&self.image, self.vcpus, self.memory, &arenas)
             .map_err(|e| BuildError::MemoryTooSmall(e.to_string()))?;
@@ -432,21 +429,21 @@ impl VmBuilder {
     }
 
     fn wanted_devices(&self) -> Vec<Wanted> {
-        let block = |(index, config): (usize, &BlockConfig)| Wanted {
-            kind: kind::BLOCK,
+        let remote = |(index, config): (usize, &Remote)| Wanted {
+            kind: config.model.kind(),
             name: config.name.clone(),
-            queues: config.queues,
+            queues: config.model.queues(),
             queue_size: config.queue_size,
-            block: Some(index),
+            remote: Some(index),
         };
         let local = |kind, name: &str, queues| Wanted {
             kind,
             name: name.into(),
             queues,
             queue_size: HOST_QUEUE_SIZE,
-            block: None,
+            remote: None,
         };
-        let mut wants: Vec<Wanted> = self.blocks.iter().enumerate().map(block).collect();
+        let mut wants: Vec<Wanted> = self.remotes.iter().enumerate().map(remote).collect();
         if self.console.is_some() {
             wants.push(local(kind::CONSOLE, "console", console::QUEUES));
         }
@@ -466,28 +463,25 @@ impl VmBuilder {
         let mut links = Vec::new();
         let mut input = None;
         let sink: EventSink = self.events.unwrap_or_else(|| Arc::new(|_| ()));
-        let mut blocks = self.blocks.into_iter();
+        let mut remotes = self.remotes.into_iter();
         for (want, slot) in wants.iter().zip(&shared.devices) {
-            let (backend, offer): (Box<dyn Backend>, Offer) = match (want.kind, &self.console) {
-                (kind::BLOCK, _) => {
-                    let Some(config) = blocks.next() else {
-                        continue;
-                    };
-                    let reports = Reports {
-                        counters: Arc::clone(&shared.counters),
-                        events: Arc::clone(&sink),
-                        panicked: Box::new(ends_vm(shared)),
-                    };
-                    let link =
-                        Link::start(config, Arc::clone(slot), reports).map_err(|source| {
-                            BuildError::Backend {
-                                name: want.name.clone(),
-                                source,
-                            }
-                        })?;
-                    links.push(link);
+            if want.remote.is_some() {
+                let Some(config) = remotes.next() else {
                     continue;
-                }
+                };
+                let reports = Reports {
+                    counters: Arc::clone(&shared.counters),
+                    events: Arc::clone(&sink),
+                    panicked: Box::new(ends_vm(shared)),
+                };
+                let link = Link::start(config, Arc::clone(slot), reports);
+                links.push(link.map_err(|source| BuildError::Backend {
+                    name: want.name.clone(),
+                    source,
+                })?);
+                continue;
+            }
+            let (backend, offer): (Box<dyn Backend>, Offer) = match (want.kind, &self.console) {
                 (kind::CONSOLE, Some(output)) => {
                     let bytes = Arc::new(Input::new()?);
                     input = Some(Arc::clone(&bytes));
@@ -508,8 +502,8 @@ struct Wanted {
     name: String,
     queues: u16,
     queue_size: u16,
-    /// Index among the block configurations, for a device with an arena of its own.
-    block: Option<usize>,
+    /// Index among the devices with a vhost-user backend, which have arenas of their own.
+    remote: Option<usize>,
 }
 
 fn slots(
@@ -522,7 +516,7 @@ fn slots(
     let mut slots = Vec::new();
     for (index, want) in (0u32..).zip(wants) {
         // Arena 0 is the in-process devices', if there are any.
-        let arena = want.block.map_or(0, |b| b + usize::from(local));
+        let arena = want.remote.map_or(0, |r| r + usize::from(local));
         let found = memory.arenas.get(arena).cloned();
         let found = found.ok_or_else(|| io::Error::other("a device has no arena"))?;
         let info = DeviceInfo {

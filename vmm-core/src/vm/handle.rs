@@ -5,9 +5,9 @@ use super::shared::Shared;
 use super::stats::Stats;
 use super::vcpu;
 use crate::accel::{Accel, AccelVm, Reporter, SandboxReport, StartState};
-use crate::device::block::Link;
 use crate::device::console::Input;
 use crate::device::local::LocalThread;
+use crate::device::vhost_user::Link;
 use crate::fault::{ExitReason, Violation};
 use crate::limits::VCPU_KICK_TIMEOUT;
 use crate::memory::MemoryReport;
@@ -251,8 +251,8 @@ impl VmHandle {
         Some(self.shared.devices.get(index)?.state())
     }
 
-    /// Process IDs of the supervised backends, in the order of the block devices; 0 for one that is
-    /// not supervised or not there now.
+    /// Process IDs of the supervised backends, in the order of the devices that have a vhost-user
+    /// backend; 0 for one that is no process of the VMM's, or not there now.
     pub fn backend_pids(&self) -> Vec<u32> {
         self.links.iter().map(Link::pid).collect()
     }

@@ -75,29 +75,36 @@ impl BackendProcess {
     pub(super) fn kill(&mut self) -> Option<String> {
         let child = self.0.as_mut()?;
         let _ = child.kill();
-        ended(child, BACKEND_DEATH)
+        ended(BACKEND_DEATH, || how(child))
     }
 
     /// Gives it time to end by itself, and kills it otherwise.
     pub(super) fn finish(&mut self) {
         if let Some(child) = self.0.as_mut()
-            && ended(child, GRACE).is_none()
+            && ended(GRACE, || how(child)).is_none()
         {
             self.kill();
         }
     }
 }
 
-/// How a child ended, if it does so in time.
-fn ended(child: &mut Child, limit: Duration) -> Option<String> {
+/// How a child ended, if it has.
+fn how(child: &mut Child) -> Option<String> {
+    match child.try_wait() {
+        Ok(status) => status.map(|s| s.to_string()),
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+/// What `look` finds, if it does so in time.
+pub(super) fn ended<T>(limit: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + limit;
     loop {
-        match child.try_wait() {
-            Ok(Some(status)) => return Some(status.to_string()),
-            Ok(None) if Instant::now() >= deadline => return None,
-            Ok(None) => std::thread::sleep(Duration::from_millis(1)),
-            Err(error) => return Some(error.to_string()),
+        let found = look();
+        if found.is_some() || Instant::now() >= deadline {
+            return found;
         }
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -1,8 +1,9 @@
 //! Keeping a backend behind a device: spawn or connect, notice loss, start over.
 
-use super::frontend::VhostBlock;
+use super::frontend::VhostUser;
 use super::spawn::{BackendProcess, connect};
-use super::{BlockConfig, Source};
+use super::thread::BackendThread;
+use super::{Remote, Source};
 use crate::device::local::OnPanic;
 use crate::device::{Offer, Slot};
 use crate::fault::{Fault, PeerLost, Policy};
@@ -77,7 +78,7 @@ impl Control {
 }
 
 struct Keeper {
-    config: BlockConfig,
+    config: Remote,
     slot: Arc<Slot>,
     counters: Arc<Counters>,
     events: EventSink,
@@ -85,19 +86,23 @@ struct Keeper {
     epoll: Epoll,
 }
 
+/// Who is at the other end of a connection.
+enum Peer {
+    Process(BackendProcess),
+    Thread(BackendThread),
+    /// Somebody else's.
+    Foreign,
+}
+
 struct Connection {
-    process: Option<BackendProcess>,
+    peer: Peer,
     stream: UnixStream,
     since: Instant,
 }
 
 impl Link {
     /// Starts the thread and waits for the first handshake.
-    pub(crate) fn start(
-        config: BlockConfig,
-        slot: Arc<Slot>,
-        reports: Reports,
-    ) -> io::Result<Link> {
+    pub(crate) fn start(config: Remote, slot: Arc<Slot>, reports: Reports) -> io::Result<Link> {
         let control = Arc::new(Control {
             stop: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             stopping: AtomicBool::new(false),
@@ -222,27 +227,31 @@ impl Keeper {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        if let Some(mut process) = connection.process {
-            process.finish();
+        match connection.peer {
+            Peer::Process(mut process) => process.finish(),
+            // Dropped, a thread is hung up on and waited for.
+            Peer::Thread(_) | Peer::Foreign => {}
         }
     }
 
     /// The backend is gone: says so. Whether the device was in use, or `None` to stop.
     ///
-    /// A supervised backend is known dead before the guest hears of it; another's resets wait until
-    /// it takes a new connection.
+    /// A backend of the VMM's own is known dead before the guest hears of it; another's resets wait
+    /// until it takes a new connection.
     fn lose(&self, mut connection: Connection) -> Option<bool> {
         let device = self.slot.info.index;
-        let (why, drained) = match &mut connection.process {
-            Some(process) => loop {
-                if let Some(why) = process.kill() {
-                    break (why, true);
-                }
-                if self.sleep(RECONNECT_PAUSE.1) {
-                    return None;
-                }
-            },
-            None => ("it closed the connection".into(), false),
+        let (why, drained) = loop {
+            let ended = match &mut connection.peer {
+                Peer::Process(process) => process.kill(),
+                Peer::Thread(thread) => thread.end(),
+                Peer::Foreign => break ("it closed the connection".into(), false),
+            };
+            if let Some(why) = ended {
+                break (why, true);
+            }
+            if self.sleep(RECONNECT_PAUSE.1) {
+                return None;
+            }
         };
         self.control.pid.store(0, Ordering::Relaxed);
         self.counters.backend_losses.add(1);
@@ -257,7 +266,7 @@ impl Keeper {
     }
 
     /// A socket may not be listened on yet; a process that cannot be started will not be later.
-    fn first_connection(&self) -> io::Result<(Connection, VhostBlock, Offer)> {
+    fn first_connection(&self) -> io::Result<(Connection, VhostUser, Offer)> {
         let deadline = Instant::now() + BACKEND_CONNECT_TIMEOUT;
         loop {
             match self.connect() {
@@ -277,22 +286,26 @@ impl Keeper {
         }
     }
 
-    fn connect(&self) -> io::Result<(Connection, VhostBlock, Offer)> {
-        let (process, stream) = match &self.config.source {
+    fn connect(&self) -> io::Result<(Connection, VhostUser, Offer)> {
+        let (peer, stream) = match &self.config.source {
             Source::Spawn(command) => {
                 let (process, stream) = BackendProcess::start(command())?;
-                (Some(process), stream)
+                (Peer::Process(process), stream)
             }
-            Source::Socket(path) => (None, connect(path)?),
+            Source::InProcess(serve) => {
+                let (thread, stream) = BackendThread::start(serve)?;
+                (Peer::Thread(thread), stream)
+            }
+            Source::Socket(path) => (Peer::Foreign, connect(path)?),
         };
         self.control.publish(&stream)?;
-        let (backend, offer) = VhostBlock::handshake(stream.try_clone()?, self.config.queues)?;
-        if let Some(process) = &process {
+        let (backend, offer) = VhostUser::handshake(stream.try_clone()?, &*self.config.model)?;
+        if let Peer::Process(process) = &peer {
             self.control.pid.store(process.id(), Ordering::Relaxed);
         }
         Ok((
             Connection {
-                process,
+                peer,
                 stream,
                 since: Instant::now(),
             },

@@ -1,10 +1,10 @@
 //! One connection to a backend: handshake, activation, reset.
 
 use super::deadline::Deadline;
+use super::{Model, Served};
 use crate::device::{Backend, DeviceIo, Offer, QueueConfig, Setup};
 use crate::limits::BACKEND_DEADLINE;
 use pv_abi::status::Status;
-use pv_abi::virtio::block::Config;
 use pv_abi::virtio::feature;
 use std::io;
 use std::net::Shutdown;
@@ -23,23 +23,23 @@ const LOG_ALL: u64 = 1 << 26;
 /// Everything but packed rings, as the ABI's queue set-up describes split ones, and what is for the
 /// frontend alone: the dirty log and the protocol features' own bit.
 const PASSED_ON: u64 = !(feature::RING_PACKED | LOG_ALL | 1 << 30);
-/// Lengths of configuration space that backends answer, the longest first.
-const CONFIG_LENS: [usize; 2] = [size_of::<Config>(), 36];
-
 /// A backend that has shaken hands.
-pub(super) struct VhostBlock {
+pub(super) struct VhostUser {
     frontend: Frontend,
     stream: UnixStream,
     protocol: VhostUserProtocolFeatures,
     active: usize,
 }
 
-impl VhostBlock {
+impl VhostUser {
     /// Shakes hands over a connected socket.
-    pub(super) fn handshake(stream: UnixStream, queues: u16) -> io::Result<(VhostBlock, Offer)> {
+    pub(super) fn handshake(
+        stream: UnixStream,
+        model: &dyn Model,
+    ) -> io::Result<(VhostUser, Offer)> {
         let _deadline = Deadline::start(&stream, BACKEND_DEADLINE)?;
         let kept = stream.try_clone()?;
-        let mut frontend = Frontend::from_stream(stream, u64::from(queues));
+        let mut frontend = Frontend::from_stream(stream, u64::from(model.queues()));
         frontend.set_owner().map_err(step("SET_OWNER"))?;
         let offered = frontend.get_features().map_err(step("GET_FEATURES"))?;
         if offered & feature::VERSION_1 == 0 {
@@ -55,39 +55,33 @@ impl VhostBlock {
         let wanted = VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK;
-        let served = frontend
-            .get_protocol_features()
-            .map_err(step("GET_PROTOCOL_FEATURES"))?;
-        let protocol = served & wanted;
-        if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
-            return Err(io::Error::other(
-                "the backend does not offer its configuration (CONFIG)",
-            ));
-        }
+        let protocol = wanted
+            & frontend
+                .get_protocol_features()
+                .map_err(step("GET_PROTOCOL_FEATURES"))?;
         frontend
             .set_protocol_features(protocol)
             .map_err(step("SET_PROTOCOL_FEATURES"))?;
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
-        let serves = if protocol.contains(VhostUserProtocolFeatures::MQ) {
+        let queues = if protocol.contains(VhostUserProtocolFeatures::MQ) {
             frontend.get_queue_num().map_err(step("GET_QUEUE_NUM"))?
         } else {
             1
         };
-        if serves < u64::from(queues) {
-            return Err(io::Error::other(format!(
-                "the backend serves {serves} queues and the device has {queues}; give the device \
-                 fewer, or the backend more (--num-queues)"
-            )));
-        }
-        let config = read_config(&mut frontend)?;
-        let offer = Offer {
-            features: offered & PASSED_ON,
-            config,
+        let config = if protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+            Some(read_config(&mut frontend, model.config_lens())?)
+        } else {
+            None
         };
+        let offer = model.offer(&Served {
+            features: offered & PASSED_ON,
+            queues,
+            config,
+        })?;
         Ok((
-            VhostBlock {
+            VhostUser {
                 frontend,
                 stream: kept,
                 protocol,
@@ -167,9 +161,9 @@ impl VhostBlock {
     }
 }
 
-fn read_config(frontend: &mut Frontend) -> io::Result<Vec<u8>> {
+fn read_config(frontend: &mut Frontend, lens: &[usize]) -> io::Result<Vec<u8>> {
     let mut last = None;
-    for len in CONFIG_LENS {
+    for &len in lens {
         let size = u32::try_from(len).map_err(io::Error::other)?;
         match frontend.get_config(0, size, VhostUserConfigFlags::WRITABLE, &vec![0; len]) {
             Ok((_, config)) => return Ok(config),
@@ -183,7 +177,7 @@ fn step(message: &'static str) -> impl FnOnce(vhost::Error) -> io::Error {
     move |error| io::Error::other(format!("vhost-user {message}: {error}"))
 }
 
-impl Backend for VhostBlock {
+impl Backend for VhostUser {
     fn activate(&mut self, setup: &Setup, io: &DeviceIo) -> io::Result<()> {
         let _deadline = Deadline::start(&self.stream, BACKEND_DEADLINE)?;
         self.start(setup, io).inspect_err(|_| self.hang_up())
