@@ -219,7 +219,7 @@ fn main() -> anyhow::Result<()> {
             println!("suite on {accel}: {} cases", CASES.len());
             for backend in &backends {
                 let count = cases(*backend).filter(|c| about_disks(c.0)).count();
-                println!("suite on {accel}: {count} cases of disks, backends {backend}");
+                println!("disks on {accel}, backends {backend}: {count} cases");
             }
         }
         for line in skipped
