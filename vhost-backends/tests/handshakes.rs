@@ -2,6 +2,7 @@
 //! it (`>` the frontend), request, flags, payload in hexadecimal or `-`, kinds of descriptors.
 
 mod support {
+    pub(crate) mod process;
     pub(crate) mod raw;
 }
 
@@ -10,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use support::process::Process;
 use support::raw::{Client, Counting, LOG_ALL, PACKED, PROTOCOL, event, memory};
 use vhost_backends::session::SessionEnd;
 
@@ -53,6 +55,25 @@ fn first_word(payload: &[u8]) -> u64 {
     u64::from_ne_bytes(payload[..8].try_into().unwrap())
 }
 
+/// Says one message, with descriptors of the recorded kinds; the other ends are kept.
+fn say(client: &Client, message: &Said, kept: &mut Vec<UnixStream>) {
+    let files: Vec<File> = message
+        .kinds
+        .iter()
+        .map(|kind| match kind.as_str() {
+            "memory" => memory(MEMORY),
+            "event" => event(),
+            _ => {
+                let (ours, theirs) = UnixStream::pair().unwrap();
+                kept.push(ours);
+                File::from(OwnedFd::from(theirs))
+            }
+        })
+        .collect();
+    let fds: Vec<&File> = files.iter().collect();
+    client.send(message.request, message.flags, &message.payload, &fds);
+}
+
 /// Says what the frontend said. Every answer has the recorded shape, acknowledgements say the
 /// same, and at its best `queues` queues run.
 fn replay(text: &str, queues: usize) {
@@ -70,21 +91,7 @@ fn replay(text: &str, queues: usize) {
     let mut accepted = 0;
     for (n, message) in said.iter().enumerate() {
         if message.frontend {
-            let files: Vec<File> = message
-                .kinds
-                .iter()
-                .map(|kind| match kind.as_str() {
-                    "memory" => memory(MEMORY),
-                    "event" => event(),
-                    _ => {
-                        let (ours, theirs) = UnixStream::pair().unwrap();
-                        kept.push(ours);
-                        File::from(OwnedFd::from(theirs))
-                    }
-                })
-                .collect();
-            let fds: Vec<&File> = files.iter().collect();
-            client.send(message.request, message.flags, &message.payload, &fds);
+            say(&client, message, &mut kept);
             if message.request == SET_FEATURES {
                 accepted = first_word(&message.payload);
             }
@@ -135,4 +142,36 @@ fn virtio_driver() {
 #[test]
 fn vmm_core() {
     replay(include_str!("recorded/vmm-core.txt"), 1);
+}
+
+/// The program that is run, in its sandbox: whatever the answers make it do, its filter knows. A
+/// second connection is served as the first.
+#[test]
+fn the_daemon_in_its_sandbox_answers_all_of_them() {
+    for text in [
+        include_str!("recorded/qemu-blk.txt"),
+        include_str!("recorded/qemu-net.txt"),
+        include_str!("recorded/virtio-driver.txt"),
+        include_str!("recorded/vmm-core.txt"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("blk.sock");
+        let mut daemon = Process::start(&socket, &["--memory", "8M", "--num-queues", "2"]);
+        for _ in 0..2 {
+            let mut client = Client::over(daemon.connect());
+            let mut kept = Vec::new();
+            for (n, message) in parse(text).iter().enumerate() {
+                if message.frontend {
+                    say(&client, message, &mut kept);
+                    continue;
+                }
+                let Some((request, _, _)) = client.receive() else {
+                    panic!("message {n}: {:?}", daemon.end());
+                };
+                assert_eq!(request, message.request, "message {n}");
+            }
+            assert_eq!(client.query_u64(17), 2);
+        }
+        assert!(daemon.ended().is_none());
+    }
 }

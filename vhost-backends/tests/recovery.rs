@@ -2,57 +2,39 @@
 //! exactly once, acknowledged writes are on the disk, the used index goes forward only.
 
 mod support {
+    pub(crate) mod process;
     pub(crate) mod front;
     pub(crate) mod raw;
 }
 
+use std::ffi::OsStr;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
+use support::process::Process;
 use support::front::{BLOCK, DATA, Front, Op, TIMEOUT};
 
 const DISK: u64 = 1 << 20;
 const ROUNDS: u64 = 3;
 
-/// Ended with the test, whatever happens.
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(dir: &Path, crash_at: Option<&str>) -> Daemon {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
-        command.stdin(Stdio::null()).stderr(Stdio::null());
-        command.arg("--socket-path").arg(dir.join("blk.sock"));
-        command.arg("--blk-file").arg(dir.join("disk.img"));
-        if let Some(at) = crash_at {
-            command.env("PV_CRASH_AT", at);
-        }
-        Daemon(command.spawn().unwrap())
-    }
-
-    fn has_crashed(&mut self) -> bool {
-        let Some(status) = self.0.try_wait().unwrap() else {
-            return false;
-        };
-        assert_eq!(status.signal(), Some(libc::SIGABRT));
-        true
-    }
-
-    fn wait_for_crash(&mut self) {
-        let limit = Instant::now() + TIMEOUT;
-        while !self.has_crashed() {
-            assert!(Instant::now() < limit, "it hangs");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
+fn start(dir: &Path, crash_at: Option<&str>) -> Process {
+    let variables: Vec<_> = crash_at.map(|at| ("PV_CRASH_AT", at)).into_iter().collect();
+    let image = dir.join("disk.img");
+    let arguments = [OsStr::new("--blk-file"), image.as_os_str()];
+    Process::start_with(&dir.join("blk.sock"), &arguments, &variables)
 }
 
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+fn has_crashed(daemon: &mut Process) -> bool {
+    let Some(status) = daemon.ended() else {
+        return false;
+    };
+    assert_eq!(status.signal(), Some(libc::SIGABRT));
+    true
+}
+
+fn wait_for_crash(daemon: &mut Process) {
+    assert_eq!(daemon.end().signal(), Some(libc::SIGABRT));
 }
 
 fn block(token: u16, round: u64) -> Vec<u8> {
@@ -87,7 +69,7 @@ fn run(case: Case, crashes: &[String]) -> usize {
     }
     let mut plan = crashes.iter();
     let mut crashed = 0;
-    let mut daemon = Daemon::start(dir.path(), plan.next().map(String::as_str));
+    let mut daemon = start(dir.path(), plan.next().map(String::as_str));
     let mut front = Front::new(case.size, case.packed, case.indirect);
     let mut connected = connect(&mut front, dir.path());
     for round in 0..ROUNDS {
@@ -102,11 +84,11 @@ fn run(case: Case, crashes: &[String]) -> usize {
         front.notify();
         let deadline = Instant::now() + TIMEOUT;
         while front.in_flight() > 0 {
-            if !connected || daemon.has_crashed() {
+            if !connected || has_crashed(&mut daemon) {
                 // It may end in the middle of a set-up too.
-                daemon.wait_for_crash();
+                wait_for_crash(&mut daemon);
                 crashed += 1;
-                daemon = Daemon::start(dir.path(), plan.next().map(String::as_str));
+                daemon = start(dir.path(), plan.next().map(String::as_str));
                 connected = connect(&mut front, dir.path());
             }
             for token in front.reap() {
@@ -124,9 +106,9 @@ fn run(case: Case, crashes: &[String]) -> usize {
     let base = match front.stop() {
         Some(base) => base,
         None => {
-            daemon.wait_for_crash();
+            wait_for_crash(&mut daemon);
             crashed += 1;
-            daemon = Daemon::start(dir.path(), None);
+            daemon = start(dir.path(), None);
             assert!(connect(&mut front, dir.path()));
             front.stop().unwrap()
         }

@@ -184,6 +184,21 @@ fn conditional() -> Result<Rules, BackendError> {
                 )?,
             ])?],
         ),
+        // How long the backend's own channel to a frontend is waited for.
+        (
+            libc::SYS_setsockopt,
+            [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO]
+                .into_iter()
+                .map(|option| {
+                    let level = libc::SOL_SOCKET.cast_unsigned().into();
+                    let option = option.cast_unsigned().into();
+                    SeccompRule::new(vec![
+                        is(1, SeccompCmpOp::Eq, level)?,
+                        is(2, SeccompCmpOp::Eq, option)?,
+                    ])
+                })
+                .collect::<Result<_, _>>()?,
+        ),
         // A thread's name.
         (
             libc::SYS_prctl,

@@ -91,25 +91,31 @@ impl Device for Counting {
 pub(crate) struct Client {
     pub(crate) stream: UnixStream,
     session: Option<JoinHandle<SessionEnd>>,
-    _stop: File,
+    _stop: Option<File>,
 }
 
 impl Client {
     pub(crate) fn connect(device: Arc<dyn Device>) -> Client {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
-        ours.set_write_timeout(Some(Duration::from_secs(10)))
-            .unwrap();
+        let mut client = Client::over(ours);
         // A pipe's end that never becomes readable while the other one is open.
         let (never, keep) = std::io::pipe().unwrap();
         let stop = std::os::fd::OwnedFd::from(never);
         let server = Server::new(device, stop);
-        let session = std::thread::spawn(move || server.serve(theirs));
+        client.session = Some(std::thread::spawn(move || server.serve(theirs)));
+        client._stop = Some(File::from(std::os::fd::OwnedFd::from(keep)));
+        client
+    }
+
+    /// Of a session that runs somewhere else.
+    pub(crate) fn over(stream: UnixStream) -> Client {
+        let limit = Some(Duration::from_secs(10));
+        stream.set_read_timeout(limit).unwrap();
+        stream.set_write_timeout(limit).unwrap();
         Client {
-            stream: ours,
-            session: Some(session),
-            _stop: File::from(std::os::fd::OwnedFd::from(keep)),
+            stream,
+            session: None,
+            _stop: None,
         }
     }
 
