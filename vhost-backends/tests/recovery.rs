@@ -2,8 +2,8 @@
 //! exactly once, acknowledged writes are on the disk, the used index goes forward only.
 
 mod support {
-    pub(crate) mod process;
     pub(crate) mod front;
+    pub(crate) mod process;
     pub(crate) mod raw;
 }
 
@@ -12,8 +12,8 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::time::Instant;
-use support::process::Process;
 use support::front::{BLOCK, DATA, Front, Op, TIMEOUT};
+use support::process::Process;
 
 const DISK: u64 = 1 << 20;
 const ROUNDS: u64 = 3;
@@ -51,6 +51,8 @@ struct Case {
     size: u16,
     packed: bool,
     indirect: bool,
+    /// The memory table is sent again while requests are in flight.
+    swap: bool,
 }
 
 /// Runs rounds of requests under backends that end where `crashes` says, one after the other, and
@@ -61,7 +63,7 @@ fn run(case: Case, crashes: &[String]) -> usize {
     options.read(true).write(true).create_new(true);
     let disk = options.open(dir.path().join("disk.img")).unwrap();
     disk.set_len(DISK).unwrap();
-    if case.op == Op::Read {
+    if matches!(case.op, Op::Read | Op::Zeroes) {
         for token in 0..case.depth {
             let at = BLOCK * u64::from(token);
             disk.write_all_at(&block(token, 0), at).unwrap();
@@ -82,12 +84,19 @@ fn run(case: Case, crashes: &[String]) -> usize {
             front.submit(token, case.op, u64::from(token) * BLOCK / 512);
         }
         front.notify();
+        if case.swap && connected {
+            // Whether the backend is still there to answer, the loop finds out.
+            let _ = front.set_memory();
+        }
         let deadline = Instant::now() + TIMEOUT;
         while front.in_flight() > 0 {
             if !connected || has_crashed(&mut daemon) {
                 // It may end in the middle of a set-up too.
                 wait_for_crash(&mut daemon);
                 crashed += 1;
+                for token in (0..case.depth).filter(|t| front.outstanding[usize::from(*t)]) {
+                    check_unacknowledged(&disk, case, token, round);
+                }
                 daemon = start(dir.path(), plan.next().map(String::as_str));
                 connected = connect(&mut front, dir.path());
             }
@@ -155,13 +164,46 @@ fn check(front: &Front, disk: &std::fs::File, case: Case, token: u16, round: u64
             );
         }
         Op::Flush => {}
+        Op::Zeroes => {
+            disk.read_exact_at(&mut stored, at).unwrap();
+            assert!(stored == [0; BLOCK as usize], "{case:?}: token {token}");
+        }
+    }
+}
+
+/// A write that was not acknowledged left each sector as it was or as it is to be.
+fn check_unacknowledged(disk: &std::fs::File, case: Case, token: u16, round: u64) {
+    if case.op != Op::Write {
+        return;
+    }
+    let mut stored = vec![0; BLOCK as usize];
+    disk.read_exact_at(&mut stored, BLOCK * u64::from(token))
+        .unwrap();
+    let old = match round.checked_sub(1) {
+        Some(last) => block(token, last),
+        None => vec![0; BLOCK as usize],
+    };
+    let new = block(token, round);
+    for at in (0..stored.len()).step_by(512) {
+        let sector = at..at + 512;
+        let found = &stored[sector.clone()];
+        assert!(
+            *found == old[sector.clone()] || *found == new[sector],
+            "{case:?}: token {token} is torn at {at}"
+        );
     }
 }
 
 fn sweep(packed: bool) {
     let mut cases = 0;
     let mut crashes = 0;
-    for op in [Op::Read, Op::Write, Op::Flush] {
+    let mut one = |case: Case, plan: &[String], must: bool| {
+        let ended = run(case, plan);
+        assert!(ended == 1 || !must, "{case:?} {plan:?} never came");
+        crashes += ended;
+        cases += 1;
+    };
+    for op in [Op::Read, Op::Write, Op::Flush, Op::Zeroes] {
         for (depth, size, indirect) in [(1, 16, false), (8, 32, false), (32, 32, true)] {
             let case = Case {
                 op,
@@ -169,6 +211,7 @@ fn sweep(packed: bool) {
                 size,
                 packed,
                 indirect,
+                swap: false,
             };
             for point in 1..=6 {
                 let depth = u64::from(depth);
@@ -178,25 +221,21 @@ fn sweep(packed: bool) {
                 for count in counts {
                     // Once, and once more while the next one recovers.
                     let once = [format!("P{point}:{count}")];
-                    let ended = run(case, &once);
-                    assert!(ended == 1 || count > 1, "{case:?} {once:?} never came");
-                    crashes += ended;
+                    one(case, &once, count == 1);
                     let twice = [once[0].clone(), format!("P{}:1", (point + 2) % 6 + 1)];
-                    crashes += run(case, &twice);
-                    cases += 2;
+                    one(case, &twice, false);
                 }
+            }
+            // While memory is exchanged: before the first request, and under those of each round.
+            let case = Case { swap: true, ..case };
+            for count in 1..=1 + ROUNDS {
+                let once = [format!("P7:{count}")];
+                one(case, &once, true);
+                let twice = [once[0].clone(), "P7:1".into()];
+                one(case, &twice, false);
             }
         }
     }
-    // While memory is exchanged, before the first request.
-    let case = Case {
-        op: Op::Write,
-        depth: 8,
-        size: 32,
-        packed,
-        indirect: false,
-    };
-    assert_eq!(run(case, &["P7:1".into()]), 1);
     println!("{cases} cases, {crashes} crashes");
     assert!(crashes > cases);
 }

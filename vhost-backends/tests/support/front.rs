@@ -18,7 +18,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 pub(crate) const PACKED: u64 = 1 << 34;
 pub(crate) const LOG_ALL: u64 = 1 << 26;
-pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 9;
+pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 29 | 1 << 28 | 1 << 14 | 1 << 9;
 pub(crate) const GUEST: u64 = 0x4000_0000;
 pub(crate) const USER: u64 = 0x7f00_0000_0000;
 pub(crate) const MEMORY: u64 = 0x10_0000;
@@ -34,12 +34,29 @@ pub(crate) const BLOCK: u64 = 4096;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
+const FLUSH: u32 = 4;
+/// In a range of sectors to write zeroes to.
+const UNMAP: u32 = 1;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
     Read,
     Write,
     Flush,
+    /// Write zeroes, and unmap if that does it.
+    Zeroes,
+}
+
+impl Op {
+    /// The type in a request's header.
+    fn number(self) -> u32 {
+        match self {
+            Op::Read => 0,
+            Op::Write => 1,
+            Op::Flush => FLUSH,
+            Op::Zeroes => 13,
+        }
+    }
 }
 
 /// What a frontend keeps of an in-flight log.
@@ -228,11 +245,16 @@ impl Front {
         self.set(9, &addr, &[])
     }
 
-    /// Memory and the ring, from `base` on.
-    pub(crate) fn start(&self, base: u32) -> Option<()> {
+    pub(crate) fn set_memory(&self) -> Option<()> {
         let mut table = pair(1, 0);
         table.extend(words(&[GUEST, MEMORY, USER, 0]));
         assert!(self.set(5, &table, &[self.file.as_raw_fd()])?);
+        Some(())
+    }
+
+    /// Memory and the ring, from `base` on.
+    pub(crate) fn start(&self, base: u32) -> Option<()> {
+        self.set_memory()?;
         assert!(self.set(8, &pair(0, self.size.into()), &[])?);
         assert!(self.set(10, &pair(0, base), &[])?);
         assert!(self.set_addr()?);
@@ -254,23 +276,30 @@ impl Front {
     /// Puts a request into the ring; `token` is below the ring's size, or a third of it where
     /// chains are direct.
     pub(crate) fn submit(&mut self, token: u16, op: Op, sector: u64) {
+        self.submit_sectors(token, op, sector, (BLOCK / 512) as u32);
+    }
+
+    /// The same for that many sectors, at most those of a block; flushes have none.
+    pub(crate) fn submit_sectors(&mut self, token: u16, op: Op, sector: u64, sectors: u32) {
         assert!(!std::mem::replace(
             &mut self.outstanding[usize::from(token)],
             true
         ));
         let t = u64::from(token);
-        let kind: u32 = match op {
-            Op::Read => 0,
-            Op::Write => 1,
-            Op::Flush => 4,
-        };
-        self.put(HEADERS + 16 * t, kind);
+        self.put(HEADERS + 16 * t, op.number());
         self.put(HEADERS + 16 * t + 8, sector);
         self.put(STATUS + t, 0xffu8);
+        let at = DATA + BLOCK * t;
         let data = match op {
-            Op::Read => vec![(DATA + BLOCK * t, BLOCK as u32, WRITE)],
-            Op::Write => vec![(DATA + BLOCK * t, BLOCK as u32, 0)],
+            Op::Read => vec![(at, 512 * sectors, WRITE)],
+            Op::Write => vec![(at, 512 * sectors, 0)],
             Op::Flush => vec![],
+            Op::Zeroes => {
+                self.put(at, sector);
+                self.put(at + 8, sectors);
+                self.put(at + 12, UNMAP);
+                vec![(at, 16, 0)]
+            }
         };
         let chain: Vec<(u64, u32, u16)> = [(HEADERS + 16 * t, 16, 0)]
             .into_iter()
@@ -396,8 +425,8 @@ impl Front {
                     break;
                 }
                 let token = self.get::<u16>(at + 12);
-                // Reads and writes have three descriptors, flushes two.
-                let flush = self.get::<u32>(HEADERS + 16 * u64::from(token)) == 4;
+                // All have three descriptors, but flushes two.
+                let flush = self.get::<u32>(HEADERS + 16 * u64::from(token)) == FLUSH;
                 let count = match (self.indirect, flush) {
                     (true, _) => 1,
                     (false, true) => 2,
@@ -425,7 +454,9 @@ impl Front {
                 std::mem::replace(slot, false),
                 "{token} was given back twice"
             );
-            assert_eq!(self.get::<u8>(STATUS + u64::from(token)), 0, "its status");
+            let status = self.get::<u8>(STATUS + u64::from(token));
+            let kind = self.get::<u32>(HEADERS + 16 * u64::from(token));
+            assert_eq!(status, 0, "the status of {token}, a request of type {kind}");
             done.push(token);
         }
         done
