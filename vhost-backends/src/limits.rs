@@ -32,10 +32,13 @@ pub const MAX_BATCH: usize = 32;
 /// Bytes of requests that were over at once and wait for the rest of their batch: about as long
 /// to copy as a driver takes to wake, so that both sides work at the same time.
 pub const MAX_UNPUBLISHED_BYTES: u64 = 32 << 10;
-/// Reports of refused messages in the log, for each connection.
-pub const MAX_REFUSALS_LOGGED: u32 = 8;
-/// Reports of retired rings in the log, for each device: a guest can cause them at will.
-pub const MAX_RETIRED_LOGGED: u64 = 16;
+/// Lines in the log about what frontends and guests do, in [`PEER_LINES_SECS`], for the whole
+/// process: they can cause them at will, and a log has room for less.
+pub const MAX_PEER_LINES: u32 = 64;
+/// Seconds after which as many lines may be said again.
+pub const PEER_LINES_SECS: u64 = 60;
+/// Milliseconds before a connection is taken again where the process has no room for one.
+pub const ACCEPT_RETRY_MILLIS: u64 = 50;
 /// Seconds that a frontend may take to confirm what a device tells it.
 pub const BACKEND_ACK_TIMEOUT_SECS: u64 = 10;
 /// Requests or bytes per second that a limit can be set to: far beyond any disk, and small enough

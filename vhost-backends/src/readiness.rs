@@ -1,6 +1,6 @@
 //! Waiting: `poll(2)` on a few descriptors with a deadline, and events that end a wait.
 #![allow(unsafe_code)]
-// UNSAFETY: poll, fcntl and eventfd as system calls; no safe wrapper is among the dependencies.
+// UNSAFETY: poll and eventfd as system calls; no safe wrapper is among the dependencies.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -45,15 +45,6 @@ pub(crate) fn wait<const N: usize>(
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
-    }
-}
-
-/// The file status flags of a descriptor (`O_NONBLOCK`, `O_APPEND`, ...).
-pub(crate) fn status_flags(fd: BorrowedFd<'_>) -> io::Result<i32> {
-    // SAFETY: F_GETFL takes no pointer.
-    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) } {
-        -1 => Err(io::Error::last_os_error()),
-        flags => Ok(flags),
     }
 }
 

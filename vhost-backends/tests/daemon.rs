@@ -274,3 +274,66 @@ fn output_that_nobody_reads_is_no_bug() {
         assert_eq!(child.wait().unwrap().code(), Some(code), "{args:?}");
     }
 }
+
+#[test]
+fn a_peer_fills_neither_the_log_nor_its_time() {
+    let disk = Disk::new(MIB);
+    let daemon = Daemon::on(&disk, &["--verbose"]);
+    drop(connect(&disk.socket));
+    for round in 0..300u32 {
+        let mut stream = connect(&disk.socket);
+        // Refused, and then no message at all.
+        let bytes = [99u32, 1, 0, 99, 1, 0xffff_0000 + round];
+        let bytes: Vec<u8> = bytes.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        std::io::Write::write_all(&mut stream, &bytes).unwrap();
+        // Until the session is over.
+        let _ = stream.read(&mut [0; 16]);
+    }
+    let (code, said) = daemon.end();
+    assert_eq!(code, Some(0));
+    let lines = said.lines().count();
+    assert!(lines <= 64 + 5, "{lines} lines");
+    let left_out = said.lines().find(|line| line.contains("left out")).unwrap();
+    let count: u32 = (left_out.split_whitespace())
+        .find_map(|word| word.parse().ok())
+        .unwrap();
+    assert!(count > 800, "{left_out}");
+}
+
+#[test]
+fn a_process_without_room_for_a_connection_takes_it_later() {
+    let disk = Disk::new(MIB);
+    let daemon = Daemon::on(&disk, &["--sandbox", "none"]);
+    drop(connect(&disk.socket));
+    let limit = |most: u64| {
+        let limit = libc::rlimit {
+            rlim_cur: most,
+            rlim_max: 1024,
+        };
+        let pid = libc::pid_t::try_from(daemon.0.id()).unwrap();
+        // SAFETY: the new limit is valid for the call, and the old one is not asked for.
+        unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &limit, std::ptr::null_mut()) }
+    };
+    std::thread::sleep(Duration::from_millis(50));
+    // The lowest number that is free is one too many.
+    let fd = |number: &u64| format!("/proc/{}/fd/{number}", daemon.0.id());
+    let free = (0..).find(|number| std::fs::symlink_metadata(fd(number)).is_err());
+    if limit(free.unwrap()) != 0 {
+        println!("SKIPPED: this host does not let a process's limits be changed");
+        return;
+    }
+    let waiting = connect(&disk.socket);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(limit(1024), 0);
+    drop(waiting);
+    let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
+    assert_eq!(front.write_sync(0, 0, &pattern(1, 512)), 0);
+    drop(front);
+    let (code, said) = daemon.end();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(
+        said.contains("cannot take a connection yet"),
+        "said: {said}"
+    );
+    assert!(said.lines().count() < 30, "it does not spin: {said}");
+}

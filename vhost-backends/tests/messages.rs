@@ -448,3 +448,98 @@ fn a_thousand_connections() {
     assert_eq!(device.running(), 0);
     assert!(start.elapsed() < Duration::from_secs(60));
 }
+
+#[test]
+fn a_reset_leaves_rings_as_enabled_as_they_were_at_first() {
+    let _one = one_at_a_time();
+    let device = Arc::new(Counting::default());
+    let mut client = Client::connect(device.clone());
+    for round in 0..3 {
+        // Without protocol features: nobody ever enables a ring.
+        client.send(2, VERSION, &words(&[VERSION_1]), &[]);
+        let region = table(&[(GUEST, SIZE, USER, 0)]);
+        client.send(5, VERSION, &region, &[&memory(SIZE)]);
+        client.send(8, VERSION, &pair(0, 128), &[]);
+        client.send(9, VERSION, &ring_addr(0, USER), &[]);
+        client.send(12, VERSION, &words(&[0]), &[&event()]);
+        assert_eq!(client.query_u64(17), 2);
+        assert_eq!(device.running(), 1, "round {round}");
+        client.send([4, 34][round % 2], VERSION, &[], &[]);
+        assert_eq!(client.query_u64(17), 2);
+        assert_eq!(device.running(), 0);
+    }
+    client.close();
+}
+
+#[test]
+fn a_retired_ring_comes_back_with_a_base_and_not_with_addresses() {
+    let _one = one_at_a_time();
+    let device = Arc::new(Counting::default());
+    let mut client = Client::connect(device.clone());
+    bring_to(3, &mut client);
+    assert_eq!(device.running(), 1);
+    device.retire.store(true, Ordering::SeqCst);
+    // Drained for the new addresses, it turns out to be retired.
+    for _ in 0..2 {
+        assert!(client.set(9, &ring_addr(0, USER), &[]));
+        assert_eq!(device.running(), 0);
+    }
+    set_up_memory(&mut client);
+    assert!(client.set(12, &words(&[0]), &[&event()]));
+    assert_eq!(device.running(), 0);
+    device.retire.store(false, Ordering::SeqCst);
+    assert!(client.set(10, &pair(0, 0), &[]));
+    assert!(client.set(12, &words(&[0]), &[&event()]));
+    assert_eq!(device.running(), 1);
+    client.close();
+}
+
+#[test]
+fn messages_without_a_pause_do_not_keep_a_session_from_stopping() {
+    let _one = one_at_a_time();
+    let client = Client::connect(Arc::new(Counting::default()));
+    let head: Vec<u8> = [3u32, VERSION, 0]
+        .iter()
+        .flat_map(|w| w.to_ne_bytes())
+        .collect();
+    let many = head.repeat(4096);
+    let floods: Vec<_> = (0..2)
+        .map(|_| {
+            let mut stream = client.stream.try_clone().unwrap();
+            let many = many.clone();
+            std::thread::spawn(move || {
+                let mut sent = 0u64;
+                // Whole messages, or the end.
+                while stream.write_all(&many).is_ok() {
+                    sent += 1;
+                }
+                sent
+            })
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(100));
+    let start = Instant::now();
+    assert_eq!(client.stop(), SessionEnd::Stopped);
+    assert!(start.elapsed() < Duration::from_secs(5));
+    for flood in floods {
+        assert!(flood.join().unwrap() > 0);
+    }
+}
+
+#[test]
+fn what_is_no_eventfd_is_not_called() {
+    let _one = one_at_a_time();
+    if io_uring::IoUring::new(1).is_err() {
+        println!("SKIPPED: without io_uring any descriptor is taken");
+        return;
+    }
+    let device = Arc::new(Counting::default());
+    let mut client = Client::connect(device.clone());
+    bring_to(3, &mut client);
+    for request in [13, 14] {
+        assert!(!client.set(request, &words(&[0]), &[&memory(SIZE)]));
+        assert!(client.set(request, &words(&[0]), &[&event()]));
+    }
+    assert_eq!(device.running(), 1);
+    client.close();
+}

@@ -4,17 +4,15 @@ use super::poll::AdaptivePoll;
 use super::request::{HEADER_LEN, LIFETIME_LEN, Request};
 use super::{Counters, Disk};
 use crate::engine::{Engine, Finished, Operation, Token, Wake, WakeSources};
-use crate::limits::{
-    MAX_BATCH, MAX_HOLD_MILLIS, MAX_IN_FLIGHT, MAX_RETIRED_LOGGED, MAX_UNPUBLISHED_BYTES,
-};
+use crate::limits::{MAX_BATCH, MAX_HOLD_MILLIS, MAX_IN_FLIGHT, MAX_UNPUBLISHED_BYTES};
 use crate::readiness::Event;
 use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
+use crate::session::quota::PEER_LINES;
 use crate::session::{Notifier, QueueSetup, QueueStop, QueueWorker};
 use crate::stats::{Kind, Measure, QueueStats};
 use pv_abi::virtio::block::{feature, status};
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -335,10 +333,9 @@ impl Worker {
 
     fn retire(&mut self, reason: crate::ring::Retire) {
         if !std::mem::replace(&mut self.retired, true) {
-            // Ordering: Relaxed, as for every count.
-            let before = self.disk.counters.retired.fetch_add(1, Ordering::Relaxed);
+            Counters::add(&self.disk.counters.retired, 1);
             // A driver can reset and break its ring again, as often as it likes.
-            if before < MAX_RETIRED_LOGGED {
+            if PEER_LINES.may_say() {
                 tracing::warn!(%reason, "ring retired");
             }
             self.err.signal();

@@ -8,6 +8,7 @@ use super::remover::Remover;
 use super::{Fleet, Member, signals};
 use crate::readiness::Event;
 use crate::sandbox::Sandbox;
+use crate::session::quota::PEER_LINES;
 use crate::session::{ConnectionEvent, Server, SessionEnd};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -51,6 +52,7 @@ pub(crate) fn serve<F: Fleet>(
     confine(operation.sandbox())?;
     let outcome = serve_all(&fleet, sockets.into_opened(), &admin, &stop, &notify);
     notify.stopping();
+    PEER_LINES.settle();
     outcome
 }
 
@@ -132,6 +134,9 @@ fn server(member: &Member, stop: OwnedFd) -> Server {
     let (watch, name) = (member.watch.clone(), member.name.clone());
     let watch = move |event| {
         watch(event);
+        if !PEER_LINES.may_say() {
+            return;
+        }
         match event {
             ConnectionEvent::Connected => tracing::info!(device = name, "a frontend connected"),
             ConnectionEvent::Ended(end) => {

@@ -1,13 +1,10 @@
 //! What a session needs of a device, and what it gives to one.
 
-use crate::readiness::{Interest, wait};
 use crate::ring::{Retire, Ring, RingState};
-use crate::session::FrontendLink;
-use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use crate::session::{FrontendLink, Notifier};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 /// A device that vhost-user sessions serve. One device outlives many connections.
 pub trait Device: Send + Sync {
@@ -87,49 +84,4 @@ pub struct QueueSetup {
     pub err: Arc<Notifier>,
     /// Virtio features that the frontend accepted.
     pub features: u64,
-}
-
-/// An eventfd of the frontend that may be exchanged, or absent, while a queue runs.
-#[derive(Debug, Default)]
-pub struct Notifier {
-    file: Mutex<Option<Target>>,
-}
-
-#[derive(Debug)]
-struct Target {
-    file: File,
-    /// A write might wait for the peer to read.
-    may_block: bool,
-}
-
-impl Notifier {
-    /// Signals. A full eventfd is success: the peer has not even seen the last signal.
-    pub fn signal(&self) {
-        let guard = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(target) = guard.as_ref() else { return };
-        // The peer's descriptor and this one share their flags, so it cannot be made non-blocking
-        // here without changing the peer's reads.
-        if target.may_block && !writable_now(target.file.as_fd()) {
-            return;
-        }
-        // A peer whose descriptor cannot be written has itself to blame; there is no one to tell.
-        let _ = (&target.file).write(&1u64.to_ne_bytes());
-    }
-
-    /// Exchanges the descriptor; `None` takes it away.
-    pub(crate) fn set(&self, fd: Option<OwnedFd>) {
-        let target = fd.map(|fd| Target {
-            may_block: !is_nonblocking(fd.as_fd()),
-            file: File::from(fd),
-        });
-        *self.file.lock().unwrap_or_else(PoisonError::into_inner) = target;
-    }
-}
-
-fn writable_now(fd: BorrowedFd<'_>) -> bool {
-    wait([(fd, Interest::Write)], Some(Duration::ZERO)).is_ok_and(|[ready]| ready)
-}
-
-fn is_nonblocking(fd: BorrowedFd<'_>) -> bool {
-    crate::readiness::status_flags(fd).is_ok_and(|flags| flags & libc::O_NONBLOCK != 0)
 }

@@ -14,6 +14,8 @@
 //! | this | typed request and state to an answer |
 //! | `vring`, `memory` | the state |
 //! | `device` | the seam to devices |
+//! | `notifier` | calls to the frontend, which cannot block |
+//! | `quota` | how much a peer can make this process log |
 //! | `backend_channel` | what the backend has to say without being asked |
 //! | `memfd` | memory that is given to the frontend |
 //! | `server` | connection after connection |
@@ -25,6 +27,8 @@ mod backend_channel;
 mod device;
 mod memfd;
 pub(crate) mod memory;
+mod notifier;
+pub(crate) mod quota;
 mod request;
 mod server;
 mod socket;
@@ -32,16 +36,18 @@ mod vring;
 mod wire;
 
 pub use backend_channel::FrontendLink;
-pub use device::{ConfigRefused, Device, Notifier, QueueSetup, QueueStop, QueueWorker};
+pub use device::{ConfigRefused, Device, QueueSetup, QueueStop, QueueWorker};
 pub use memory::MemoryError;
+pub use notifier::Notifier;
 pub use request::Refusal;
 pub use server::{ConnectionEvent, Server, ServerHandle, SessionEnd, serve};
 
-use crate::limits::{MAX_MEM_SLOTS, MAX_QUEUES, MAX_REFUSALS_LOGGED, MAX_RING_SIZE};
+use crate::limits::{MAX_MEM_SLOTS, MAX_QUEUES, MAX_RING_SIZE};
 use crate::ring::crash::{Point, hit};
 use crate::ring::{DirtyLog, InflightLog};
 use memory::MemoryTable;
 use pv_abi::virtio::feature;
+use quota::PEER_LINES;
 use request::{Answer, Request, answer_kind};
 use socket::{Channel, ChannelEnd, Message};
 use std::fs::File;
@@ -89,7 +95,6 @@ struct Session<'d> {
     dirty_call: Arc<Notifier>,
     vrings: Vec<Vring>,
     status: u8,
-    refused: u32,
 }
 
 impl<'d> Session<'d> {
@@ -104,7 +109,6 @@ impl<'d> Session<'d> {
             dirty_call: Arc::default(),
             vrings: (0..device.queue_count()).map(Vring::new).collect(),
             status: 0,
-            refused: 0,
         }
     }
 
@@ -126,11 +130,10 @@ impl<'d> Session<'d> {
     fn answer(&mut self, channel: &mut Channel<'_>, message: Message) -> Result<(), ChannelEnd> {
         let header = message.header;
         let outcome = request::parse(message).and_then(|request| self.handle(request));
-        if let Err(refusal) = &outcome {
-            self.refused = self.refused.saturating_add(1);
-            if self.refused <= MAX_REFUSALS_LOGGED {
-                tracing::warn!(request = header.request, %refusal, "request refused");
-            }
+        if let Err(refusal) = &outcome
+            && PEER_LINES.may_say()
+        {
+            tracing::warn!(request = header.request, %refusal, "request refused");
         }
         match (answer_kind(header.request), outcome) {
             (_, Ok(Reply::Payload(payload))) => channel.reply(header.request, &payload),
@@ -184,7 +187,7 @@ impl<'d> Session<'d> {
             Request::SetLogBase(base, fd) => return self.set_log(base, fd),
             Request::SetLogFd(fd) => {
                 self.need(VhostUserProtocolFeatures::LOG_SHMFD)?;
-                self.dirty_call.set(Some(fd));
+                set_notifier(&self.dirty_call, Some(fd))?;
             }
             Request::SetBackendChannel(fd) => {
                 self.need(VhostUserProtocolFeatures::BACKEND_REQ)?;
@@ -238,8 +241,8 @@ impl<'d> Session<'d> {
                 }
                 self.change(index, |vring| vring.set_kick(kick))?;
             }
-            Request::SetVringCall(index, fd) => self.vring(index)?.set_call(fd),
-            Request::SetVringErr(index, fd) => self.vring(index)?.set_err(fd),
+            Request::SetVringCall(index, fd) => self.vring(index)?.set_call(fd)?,
+            Request::SetVringErr(index, fd) => self.vring(index)?.set_err(fd)?,
             Request::SetVringEnable(v) => {
                 let enable = match v.num {
                     0 => false,
@@ -424,4 +427,14 @@ impl Drop for Session<'_> {
 
 fn u64_reply(value: u64) -> Result<Reply, Refusal> {
     Ok(Reply::Payload(value.as_bytes().to_vec()))
+}
+
+/// Only an eventfd can be signalled without a chance to wait for the peer.
+fn set_notifier(notifier: &Notifier, fd: Option<OwnedFd>) -> Result<(), Refusal> {
+    notifier
+        .set(fd)
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::EINVAL) => Refusal::BadValue("the descriptor is no eventfd"),
+            _ => error.into(),
+        })
 }

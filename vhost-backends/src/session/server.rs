@@ -1,14 +1,17 @@
 //! Connection after connection, on one device.
 
+use crate::limits::ACCEPT_RETRY_MILLIS;
 use crate::readiness::{Event, Interest, wait};
 use crate::session::Session;
 use crate::session::device::Device;
+use crate::session::quota::PEER_LINES;
 use crate::session::socket::{Channel, ChannelEnd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// How a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,8 +111,16 @@ impl Server {
             }
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
-                Err(e) if is_transient(&e) => continue,
-                Err(e) => return Err(e),
+                Err(error) if is_transient(&error) => continue,
+                Err(error) if is_shortage(&error) => {
+                    if PEER_LINES.may_say() {
+                        tracing::warn!(%error, "cannot take a connection yet");
+                    }
+                    let pause = Duration::from_millis(ACCEPT_RETRY_MILLIS);
+                    wait([(self.stop.as_fd(), Interest::Read)], Some(pause))?;
+                    continue;
+                }
+                Err(error) => return Err(error),
             };
             if self.serve(stream) == SessionEnd::Stopped {
                 return Ok(());
@@ -137,7 +148,9 @@ fn serve_until(device: &dyn Device, stream: UnixStream, stop: BorrowedFd<'_>) ->
         ChannelEnd::HangUp => SessionEnd::HangUp,
         ChannelEnd::Stopped => SessionEnd::Stopped,
         other => {
-            tracing::warn!(reason = %other, "connection ended");
+            if PEER_LINES.may_say() {
+                tracing::warn!(reason = %other, "connection ended");
+            }
             SessionEnd::Broken
         }
     }
@@ -148,6 +161,14 @@ fn is_transient(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+    )
+}
+
+/// The process or the host has no room for a connection now. The peer waits in the queue.
+fn is_shortage(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)
     )
 }
 

@@ -58,6 +58,10 @@ impl<'s> Channel<'s> {
     pub(crate) fn receive(&mut self) -> Result<Message, ChannelEnd> {
         let mut fds = Vec::new();
         let mut truncated = false;
+        // A peer that never pauses must not keep this from being stopped.
+        if ready(self.stop, Interest::Read) {
+            return Err(ChannelEnd::Stopped);
+        }
         let mut head = [0; HEADER_LEN];
         if !self.fill(&mut head, &mut fds, &mut truncated, None)? {
             return Err(ChannelEnd::HangUp);
@@ -124,7 +128,7 @@ impl<'s> Channel<'s> {
         };
         let deadline = Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS);
         // A socket that is writable takes so few bytes at once.
-        while !writable(self.stream.as_fd()) {
+        while !ready(self.stream.as_fd(), Interest::Write) {
             self.after(
                 io::ErrorKind::WouldBlock.into(),
                 Interest::Write,
@@ -198,8 +202,8 @@ impl<'s> Channel<'s> {
     }
 }
 
-fn writable(socket: BorrowedFd<'_>) -> bool {
-    wait([(socket, Interest::Write)], Some(Duration::ZERO)).is_ok_and(|[ready]| ready)
+fn ready(fd: BorrowedFd<'_>, interest: Interest) -> bool {
+    wait([(fd, interest)], Some(Duration::ZERO)).is_ok_and(|[ready]| ready)
 }
 
 /// Room for the control message with [`MAX_MESSAGE_FDS`] descriptors, aligned as `cmsghdr` is.

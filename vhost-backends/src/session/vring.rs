@@ -9,10 +9,11 @@
 //! a drained stop and a start that goes on where it stopped.
 
 use crate::ring::{DirtyLog, InflightLog, RingConfig, RingDirty, RingSetup};
-use crate::session::device::{Device, Notifier, QueueSetup, QueueStop, QueueWorker};
+use crate::session::device::{Device, QueueSetup, QueueStop, QueueWorker};
 use crate::session::memory::MemoryTable;
 use crate::session::request::Refusal;
 use crate::session::wire::{VRING_F_LOG, VringAddr};
+use crate::session::{Notifier, set_notifier};
 use pv_abi::virtio::feature;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -58,7 +59,8 @@ pub(crate) struct Vring {
     worker: Option<Box<dyn QueueWorker>>,
     /// The ring that runs, or ran last, is a packed one.
     packed: bool,
-    /// Set when the ring broke a rule; a new base, new addresses or a reset clear it.
+    /// Set when the ring broke a rule; a new base or a reset clear it. New
+    /// addresses do not: frontends send those again while the driver runs, to log or not to.
     retired: bool,
 }
 
@@ -116,16 +118,17 @@ impl Vring {
         self.kick = kick;
     }
 
-    pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) {
-        self.call.set(call);
+    pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) -> Result<(), Refusal> {
+        set_notifier(&self.call, call)?;
         if self.is_running() {
             // Completions may have been signalled on the old one while it was not looked at.
             self.call.signal();
         }
+        Ok(())
     }
 
-    pub(crate) fn set_err(&mut self, err: Option<OwnedFd>) {
-        self.err.set(err);
+    pub(crate) fn set_err(&mut self, err: Option<OwnedFd>) -> Result<(), Refusal> {
+        set_notifier(&self.err, err)
     }
 
     /// Starts the queue if it is complete and not running.
@@ -205,7 +208,8 @@ impl Vring {
         self.size = None;
         self.addr = None;
         self.base = 0;
-        self.enable = Some(false);
+        // As at first: whether it starts is for the features to say.
+        self.enable = None;
         self.retired = false;
     }
 

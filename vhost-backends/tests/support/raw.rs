@@ -1,18 +1,20 @@
 //! A frontend that sends whatever it is told to, and a device that only counts.
-#![allow(dead_code)]
+#![allow(unsafe_code, dead_code)]
+// UNSAFETY: an eventfd becomes a file.
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use vhost_backends::ring::{DeviceRing, RingState};
+use vhost_backends::ring::{DeviceRing, Retire, RingState};
 use vhost_backends::session::{
     Device, FrontendLink, QueueSetup, QueueStop, QueueWorker, Server, SessionEnd,
 };
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 pub(crate) const NEED_REPLY: u32 = 1 << 3;
@@ -33,6 +35,8 @@ pub(crate) struct Counting {
     pub(crate) frontend: Mutex<Option<Arc<FrontendLink>>>,
     /// Features beside the usual ones.
     pub(crate) more_features: u64,
+    /// Queues that stop say that their ring broke a rule.
+    pub(crate) retire: Arc<AtomicBool>,
 }
 
 impl Counting {
@@ -43,6 +47,7 @@ impl Counting {
 
 struct CountingQueue {
     stopped: Arc<AtomicUsize>,
+    retire: Arc<AtomicBool>,
     next_used: u16,
     _setup: QueueSetup,
 }
@@ -55,7 +60,10 @@ impl QueueWorker for CountingQueue {
                 next_avail: STOPPED_AT,
                 next_used: self.next_used,
             },
-            retired: None,
+            retired: self
+                .retire
+                .load(Ordering::SeqCst)
+                .then_some(Retire::BadHead { head: 1 }),
         }
     }
 }
@@ -82,6 +90,7 @@ impl Device for Counting {
         *self.last.lock().unwrap() = Some((setup.index, setup.ring.save(), setup.features));
         Ok(Box::new(CountingQueue {
             stopped: self.stopped.clone(),
+            retire: self.retire.clone(),
             next_used: setup.ring.save().next_used,
             _setup: setup,
         }))
@@ -91,7 +100,7 @@ impl Device for Counting {
 pub(crate) struct Client {
     pub(crate) stream: UnixStream,
     session: Option<JoinHandle<SessionEnd>>,
-    _stop: Option<File>,
+    stop: Option<File>,
 }
 
 impl Client {
@@ -103,7 +112,7 @@ impl Client {
         let stop = std::os::fd::OwnedFd::from(never);
         let server = Server::new(device, stop);
         client.session = Some(std::thread::spawn(move || server.serve(theirs)));
-        client._stop = Some(File::from(std::os::fd::OwnedFd::from(keep)));
+        client.stop = Some(File::from(std::os::fd::OwnedFd::from(keep)));
         client
     }
 
@@ -115,7 +124,7 @@ impl Client {
         Client {
             stream,
             session: None,
-            _stop: None,
+            stop: None,
         }
     }
 
@@ -171,6 +180,13 @@ impl Client {
         self.send(16, VERSION, &protocol.to_ne_bytes(), &[]);
     }
 
+    /// Tells the session to stop and waits for its end, with the connection still open.
+    pub(crate) fn stop(mut self) -> SessionEnd {
+        // A pipe without a writer is readable.
+        drop(self.stop.take());
+        self.session.take().unwrap().join().unwrap()
+    }
+
     /// Hangs up and waits for the session's end.
     pub(crate) fn close(mut self) -> SessionEnd {
         self.stream.shutdown(std::net::Shutdown::Both).unwrap();
@@ -193,8 +209,9 @@ pub(crate) fn memory(bytes: u64) -> File {
     file
 }
 
-/// Something to kick and call with. A pipe's end is as good as an eventfd where no one waits.
+/// Something to kick and call with.
 pub(crate) fn event() -> File {
-    let (_reader, writer) = std::io::pipe().unwrap();
-    File::from(std::os::fd::OwnedFd::from(writer))
+    let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    // SAFETY: it was just made, and is given away here.
+    unsafe { File::from_raw_fd(event.into_raw_fd()) }
 }
