@@ -70,3 +70,8 @@ pub const MAX_NBD_OPTION: u32 = 4096;
 pub const NBD_HANDSHAKE_SECS: u64 = 10;
 /// Seconds that an NBD server may be silent while it owes a reply, before it is given up.
 pub const NBD_SILENCE_SECS: u64 = 30;
+/// Milliseconds to wait for an image that another process has locked: one that was just killed
+/// may not be gone.
+pub const LOCK_WAIT_MILLIS: u64 = 1000;
+/// Milliseconds between two looks at that lock.
+pub const LOCK_RETRY_MILLIS: u64 = 20;

@@ -4,6 +4,12 @@
 
 mod support;
 
+#[path = "support/front.rs"]
+mod front;
+#[path = "support/raw.rs"]
+mod raw;
+
+use front::{DATA, Front, Op, STATUS};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
@@ -328,7 +334,8 @@ fn bad_disks_get_a_sentence_and_leave_no_socket() {
             "file=x,socket=/nonexistent/s",
             "cannot open the disk image x",
         ),
-        (&good, "another program listens"),
+        (&good, "is in use by another program"),
+        (&format!("{good},no-lock=on"), "another program listens"),
     ] {
         let output = program()
             .args(["--disk", &good, "--disk", second])
@@ -459,4 +466,169 @@ fn the_manual_names_every_option() {
     let (said, written) = (words(&help), words(&manual));
     let missing: Vec<_> = said.difference(&written).collect();
     assert!(missing.is_empty(), "not in the manual: {missing:?}");
+}
+
+/// Sectors, as configuration space has them.
+fn capacity(front: &Front) -> u64 {
+    let [offset, size, flags] = [0u32, 8, 0].map(u32::to_ne_bytes);
+    let ask = [offset, size, flags, [0; 4], [0; 4]].concat();
+    let reply = front.query(24, &ask).unwrap();
+    u64::from_le_bytes(reply[12..].try_into().unwrap())
+}
+
+/// The status of one request.
+fn status_of(front: &mut Front, op: Op, sector: u64) -> u8 {
+    let before = front.published();
+    front.submit(0, op, sector);
+    front.notify();
+    let deadline = Instant::now() + TIMEOUT;
+    while front.published() == before {
+        assert!(Instant::now() < deadline, "no completion");
+        std::thread::yield_now();
+    }
+    let status = front.get::<u8>(STATUS);
+    front.put(STATUS, 0u8);
+    assert_eq!(front.reap(), [0]);
+    status
+}
+
+#[test]
+fn a_disk_grows_while_it_is_served_and_does_not_shrink() {
+    let managed = Managed::start(&[]);
+    let set_len = |sectors: u64| {
+        let image = std::fs::File::options()
+            .write(true)
+            .open(&managed.disk.image);
+        image.unwrap().set_len(sectors * 512).unwrap();
+    };
+    let resize = || http(&managed.control, "PUT", "/disks/disk0/resize", "");
+    let mut front = Front::new(64, false, false);
+    front.connect(&managed.disk.socket);
+    front.negotiate(false).unwrap();
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(TIMEOUT)).unwrap();
+    assert_eq!(front.set(21, &[], &[theirs.as_raw_fd()]), Some(true));
+    drop(theirs);
+    front.start(0).unwrap();
+    assert_eq!(capacity(&front), 8192);
+    assert_eq!(status_of(&mut front, Op::Write, 8192), 1);
+    // Growing by itself is not enough.
+    set_len(16384);
+    assert_eq!(status_of(&mut front, Op::Write, 8192), 1);
+    std::thread::scope(|scope| {
+        let answer = scope.spawn(resize);
+        let mut head = [0; 12];
+        ours.read_exact(&mut head).unwrap();
+        let expected = [2u32, 1 | 8, 0].map(u32::to_ne_bytes).concat();
+        assert_eq!(
+            head[..],
+            expected,
+            "CONFIG_CHANGE, with a wish for an answer"
+        );
+        // As a frontend does it: it reads the new configuration, and then answers.
+        assert_eq!(capacity(&front), 16384);
+        let mut reply = [2u32, 1 | 4, 8].map(u32::to_ne_bytes).concat();
+        reply.extend([0; 8]);
+        ours.write_all(&reply).unwrap();
+        let (status, said) = answer.join().unwrap();
+        assert_eq!(status, "HTTP/1.0 200 OK", "{said}");
+        assert!(
+            said.contains("8192 sectors became 16384; the frontend was told"),
+            "{said}"
+        );
+    });
+    front.fill(DATA, &pattern(9, 4096));
+    assert_eq!(status_of(&mut front, Op::Write, 16384 - 8), 0);
+    assert_eq!(
+        status_of(&mut front, Op::Write, 16384 - 7),
+        1,
+        "one sector past the end"
+    );
+    let image = std::fs::read(&managed.disk.image).unwrap();
+    assert!(image[(16384 - 8) * 512..] == pattern(9, 4096));
+    // Smaller: nothing changes for the guest but what is not there any more.
+    set_len(4096);
+    let (status, said) = resize();
+    assert_eq!(status, "HTTP/1.0 409 Conflict", "{said}");
+    assert!(
+        said.contains("4096 sectors and the guest was told 16384"),
+        "{said}"
+    );
+    assert_eq!(capacity(&front), 16384);
+    assert_eq!(status_of(&mut front, Op::Read, 8192), 1);
+    assert_eq!(status_of(&mut front, Op::Read, 0), 0);
+    assert_eq!(stats(&managed.stats)["disks"][0]["errors"]["past_end"], 1);
+    // A frontend without the channel finds out by itself.
+    drop((front, ours));
+    let mut front = Front::new(64, false, false);
+    front.connect(&managed.disk.socket);
+    front.negotiate(false).unwrap();
+    front.start(0).unwrap();
+    set_len(32768);
+    let (status, said) = resize();
+    assert_eq!(status, "HTTP/1.0 200 OK", "{said}");
+    assert!(said.contains("was not told"), "{said}");
+    assert_eq!(capacity(&front), 32768);
+    assert_eq!(status_of(&mut front, Op::Write, 32760), 0);
+    assert!(resize().1.contains("32768 sectors as before"));
+    drop(front);
+    assert_eq!(managed.daemon.end().0, Some(0));
+}
+
+#[test]
+fn an_image_has_one_writer_or_many_readers() {
+    let disk = Disk::new(MIB);
+    let second = |more: &[&str]| {
+        let other = disk.dir.path().join("other.sock");
+        let mut command = program();
+        command.arg("--socket-path").arg(other);
+        Daemon::start(command.arg("--blk-file").arg(&disk.image).args(more))
+    };
+    let serves = |daemon: Daemon| {
+        drop(connect(&disk.dir.path().join("other.sock")));
+        assert_eq!(daemon.end(), (Some(0), String::new()));
+    };
+    let refused = |daemon: Daemon, why: &str| {
+        let (code, said) = daemon.wait();
+        assert_eq!(code, Some(1));
+        assert!(said.contains(why) && said.lines().count() == 1, "{said}");
+    };
+    let writer = Daemon::on(&disk, &[]);
+    drop(connect(&disk.socket));
+    refused(second(&[]), "is in use by another program");
+    refused(
+        second(&["--read-only"]),
+        "is being written by another program",
+    );
+    serves(second(&["--no-lock"]));
+    // QEMU's programs keep to the same locks.
+    let qemu = |command: &str| {
+        let mut qemu = Command::new("qemu-io");
+        qemu.args(["-f", "raw", "-c", command]).arg(&disk.image);
+        qemu.stdin(Stdio::null()).output()
+    };
+    match qemu("write 0 512") {
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(!output.status.success() && said.contains("lock"), "{said}");
+        }
+        Err(error) => println!("SKIPPED: qemu-io and its locks ({error})"),
+    }
+    // A killed one's lock is gone with it.
+    writer.signal(libc::SIGKILL);
+    writer.wait();
+    let reader = Daemon::on(&disk, &["--read-only"]);
+    drop(connect(&disk.socket));
+    serves(second(&["--read-only"]));
+    refused(second(&[]), "is in use by another program");
+    assert_eq!(reader.end().0, Some(0));
+    // Disks that share a base, each with writes of its own.
+    let overlay = |name: &str| disk.dir.path().join(name).to_str().unwrap().to_owned();
+    let (one, two) = (overlay("one.qcow2"), overlay("two.qcow2"));
+    let first = Daemon::on(&disk, &["--overlay", &one]);
+    drop(connect(&disk.socket));
+    serves(second(&["--overlay", &two]));
+    refused(second(&["--overlay", &one]), "one.qcow2 is in use");
+    refused(second(&[]), "is in use by another program");
+    assert_eq!(first.end().0, Some(0));
 }

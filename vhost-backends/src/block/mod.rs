@@ -8,25 +8,29 @@ mod config;
 mod execute;
 mod poll;
 mod request;
+mod resize;
 #[cfg(test)]
 mod tests;
 
 pub use config::BlockOptions;
 pub use request::{RefusedRequest, Request, parse};
+pub use resize::{ResizeRefused, Resized};
 
 use crate::engine::{Geometry, Store};
 use crate::limit::Limiter;
-use crate::session::{ConfigRefused, Device, QueueSetup, QueueWorker};
+use crate::session::{ConfigRefused, Device, FrontendLink, QueueSetup, QueueWorker};
 use crate::stats::DeviceStats;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A block device on any store. Serves any number of sessions, one after the other.
 #[derive(Debug)]
 pub struct BlockDevice {
     disk: Arc<Disk>,
     options: BlockOptions,
+    /// To tell the driver's side that the configuration changed.
+    frontend: Mutex<Option<Arc<FrontendLink>>>,
 }
 
 /// What all queues of a device share.
@@ -137,7 +141,11 @@ impl BlockDevice {
             limiter: Limiter::default(),
             stats: DeviceStats::new(options.queues),
         });
-        BlockDevice { disk, options }
+        BlockDevice {
+            disk,
+            options,
+            frontend: Mutex::default(),
+        }
     }
 
     /// The device's limits, to be changed at any time.
@@ -148,14 +156,6 @@ impl BlockDevice {
     /// Latencies, errors and connections.
     pub fn measurements(&self) -> &DeviceStats {
         &self.disk.stats
-    }
-
-    /// Looks at the store's size again. Whether it changed: then the driver is to be told, with a
-    /// configuration change.
-    pub fn refresh_capacity(&self) -> bool {
-        let now = sectors(self.disk.store.geometry());
-        // Ordering: Relaxed, as in `Disk::capacity`.
-        self.disk.capacity.swap(now, Ordering::Relaxed) != now
     }
 
     /// The counters now.
@@ -195,6 +195,10 @@ impl Device for BlockDevice {
         // Ordering: Relaxed, as in `Disk::writeback`.
         self.disk.writeback.store(writeback, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn set_frontend(&self, frontend: Option<Arc<FrontendLink>>) {
+        *self.frontend.lock().unwrap_or_else(PoisonError::into_inner) = frontend;
     }
 
     fn reset(&self) {

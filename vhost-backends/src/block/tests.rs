@@ -367,9 +367,13 @@ fn capacity_follows_the_file_when_asked_to() {
     std::fs::write(&path, vec![0; 4096]).unwrap();
     let file = RawFile::open(&path, crate::engine::FileOptions::default()).unwrap();
     let device = BlockDevice::new(file, BlockOptions::with_queues(1));
-    assert!(!device.refresh_capacity());
+    let look = |device: &BlockDevice| device.resize().map(|r| (r.before, r.now, r.told.is_ok()));
+    assert_eq!(look(&device), Ok((8, 8, true)));
     std::fs::write(&path, vec![0; 8192]).unwrap();
     assert_eq!(device.config()[0], 8);
-    assert!(device.refresh_capacity());
+    assert_eq!(look(&device), Ok((8, 16, false)), "nobody to tell");
+    assert_eq!(device.config()[0], 16);
+    std::fs::write(&path, vec![0; 512]).unwrap();
+    assert_eq!(look(&device), Err(ResizeRefused { now: 1, told: 16 }));
     assert_eq!(device.config()[0], 16);
 }

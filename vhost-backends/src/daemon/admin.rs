@@ -178,6 +178,7 @@ fn answer<F: Fleet>(request: &str, access: Access, fleet: &F) -> Answer {
                 Ok(sentence) => text("200 OK", &sentence),
                 Err(Denied::NotFound(reason)) => text("404 Not Found", reason),
                 Err(Denied::Bad(reason)) => text("400 Bad Request", &reason),
+                Err(Denied::Refused(reason)) => text("409 Conflict", &reason),
             }
         }
         _ => text("404 Not Found", fleet.requests()),

@@ -71,4 +71,6 @@ pub(crate) enum Denied {
     NotFound(&'static str),
     /// It makes no sense.
     Bad(String),
+    /// Not as things are.
+    Refused(String),
 }

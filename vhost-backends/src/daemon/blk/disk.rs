@@ -1,5 +1,6 @@
 //! Which disk is served.
 
+use super::lock::{ImageLock, Use};
 use crate::engine::{
     BlockingStore, FileOptions, MemoryStore, NbdAddress, NbdStore, NullStore, Qcow2Disk, RawFile,
     Store, create_overlay,
@@ -41,7 +42,13 @@ pub(super) struct UseArgs {
     /// Past the host's page cache (O_DIRECT).
     #[arg(long)]
     pub(super) direct: bool,
+    /// Do not ask whether another program uses the image, nor tell any that this one does.
+    #[arg(long)]
+    no_lock: bool,
 }
+
+/// A disk that was opened, and what keeps others from its images.
+pub(super) type Opened = (Arc<dyn Store>, Vec<ImageLock>);
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum ImageFormat {
@@ -81,15 +88,15 @@ impl DiskArgs {
     }
 
     /// Opens it. The error is a sentence.
-    pub(super) fn open(&self, how: &UseArgs, queues: u16) -> Result<Arc<dyn Store>, String> {
+    pub(super) fn open(&self, how: &UseArgs, queues: u16) -> Result<Opened, String> {
         let options = FileOptions {
             read_only: how.read_only,
             direct: how.direct,
         };
         if let Some(path) = &self.blk_file {
             return match &how.overlay {
-                Some(overlay) => open_overlay(overlay, path, how.format, options),
-                None => open_image(path, how.format, options),
+                Some(overlay) => open_overlay(overlay, path, how, options),
+                None => open_image(path, how, options),
             };
         }
         if let Some(address) = &self.nbd {
@@ -98,15 +105,15 @@ impl DiskArgs {
                     let shown = address.socket.display();
                     format!("cannot use the NBD server at {shown}: {}", chained(&error))
                 })?;
-            return Ok(Arc::new(store));
+            return Ok((Arc::new(store), Vec::new()));
         }
         if let Some(bytes) = self.memory {
             let store = MemoryStore::new(bytes)
                 .map_err(|error| format!("cannot make a disk in memory: {error}"))?;
-            return Ok(Arc::new(store));
+            return Ok((Arc::new(store), Vec::new()));
         }
         match self.null {
-            Some(bytes) => Ok(Arc::new(NullStore::new(bytes))),
+            Some(bytes) => Ok((Arc::new(NullStore::new(bytes)), Vec::new())),
             None => Err(
                 "--blk-file is needed, or --nbd, --memory or --null: which disk to serve".into(),
             ),
@@ -114,43 +121,64 @@ impl DiskArgs {
     }
 }
 
-fn open_image(
-    path: &Path,
-    format: ImageFormat,
-    options: FileOptions,
-) -> Result<Arc<dyn Store>, String> {
-    let store: std::io::Result<Arc<dyn Store>> = match format {
+impl UseArgs {
+    /// Locks an image, and the files under it if it is one of qcow2.
+    fn lock(&self, path: &Path, how: Use, qcow2: bool) -> Result<Vec<ImageLock>, String> {
+        if self.no_lock {
+            return Ok(Vec::new());
+        }
+        let mut locks = Vec::from_iter(ImageLock::take(path, how)?);
+        if qcow2 {
+            locks.extend(ImageLock::take_backing(path)?);
+        }
+        Ok(locks)
+    }
+
+    fn own(&self) -> Use {
+        if self.read_only {
+            Use::Read
+        } else {
+            Use::Write
+        }
+    }
+}
+
+fn open_image(path: &Path, how: &UseArgs, options: FileOptions) -> Result<Opened, String> {
+    let locks = how.lock(path, how.own(), how.format == ImageFormat::Qcow2)?;
+    let store: std::io::Result<Arc<dyn Store>> = match how.format {
         ImageFormat::Raw => RawFile::open(path, options).map(|file| Arc::new(file) as _),
         ImageFormat::Qcow2 => {
             Qcow2Disk::open(path, options).map(|disk| Arc::new(BlockingStore::new(disk)) as _)
         }
     };
-    store.map_err(|error| format!("cannot open the disk image {}: {error}", path.display()))
+    match store {
+        Ok(store) => Ok((store, locks)),
+        Err(error) => Err(format!(
+            "cannot open the disk image {}: {error}",
+            path.display()
+        )),
+    }
 }
 
 fn open_overlay(
     overlay: &Path,
     base: &Path,
-    format: ImageFormat,
+    how: &UseArgs,
     options: FileOptions,
-) -> Result<Arc<dyn Store>, String> {
+) -> Result<Opened, String> {
+    let qcow2 = how.format == ImageFormat::Qcow2;
+    let cannot = |what: &str, error: std::io::Error| {
+        let (overlay, base) = (overlay.display(), base.display());
+        format!("cannot {what} the overlay {overlay} on {base}: {error}")
+    };
+    let mut locks = how.lock(base, Use::Read, qcow2)?;
     if !overlay.exists() {
-        create_overlay(overlay, base, format == ImageFormat::Qcow2).map_err(|error| {
-            format!(
-                "cannot make the overlay {} on {}: {error}",
-                overlay.display(),
-                base.display()
-            )
-        })?;
+        create_overlay(overlay, base, qcow2).map_err(|error| cannot("make", error))?;
     }
-    let qcow2 = format == ImageFormat::Qcow2;
+    locks.extend(how.lock(overlay, how.own(), false)?);
     match Qcow2Disk::open_overlay(overlay, base, qcow2, options) {
-        Ok(disk) => Ok(Arc::new(BlockingStore::new(disk))),
-        Err(error) => Err(format!(
-            "cannot open the overlay {} on {}: {error}",
-            overlay.display(),
-            base.display()
-        )),
+        Ok(disk) => Ok((Arc::new(BlockingStore::new(disk)), locks)),
+        Err(error) => Err(cannot("open", error)),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod cli;
 mod disk;
+mod lock;
 
 use super::{Denied, Fleet, Member, Sockets};
 use crate::block::{BlockDevice, BlockOptions};
@@ -9,6 +10,7 @@ use crate::limit::Limits;
 use crate::session::{ConnectionEvent, SessionEnd};
 use crate::stats::{DiskReport, json, prometheus};
 use cli::{Cli, OneDisk};
+use lock::ImageLock;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -34,6 +36,8 @@ pub fn pv_blkd_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 struct Served {
     name: String,
     device: Arc<BlockDevice>,
+    /// Held while the disk is served.
+    _locks: Vec<ImageLock>,
 }
 
 /// All disks of a daemon.
@@ -44,9 +48,13 @@ impl Disks {
     fn open(disks: Vec<(String, OneDisk)>, sockets: &mut Sockets) -> Result<Disks, String> {
         let mut served = Vec::new();
         for (name, disk) in disks {
-            let device = Arc::new(open_disk(&name, &disk)?);
+            let (device, locks) = open_disk(&name, &disk)?;
             sockets.open(disk.socket, &name)?;
-            served.push(Served { name, device });
+            served.push(Served {
+                name,
+                device: Arc::new(device),
+                _locks: locks,
+            });
         }
         Ok(Disks(served))
     }
@@ -110,18 +118,25 @@ impl Fleet for Disks {
                 tracing::info!(disk = name, ?limits, "limits changed");
                 Ok("done".into())
             }
+            "resize" => {
+                let resized = disk
+                    .device
+                    .resize()
+                    .map_err(|e| Denied::Refused(e.to_string()))?;
+                Ok(resized.to_string())
+            }
             _ => Err(Denied::NotFound(self.requests())),
         }
     }
 
     fn requests(&self) -> &'static str {
-        "GET /metrics, GET /stats, PUT /disks/NAME/limits"
+        "GET /metrics, GET /stats, PUT /disks/NAME/limits, PUT /disks/NAME/resize"
     }
 }
 
-fn open_disk(name: &str, disk: &OneDisk) -> Result<BlockDevice, String> {
+fn open_disk(name: &str, disk: &OneDisk) -> Result<(BlockDevice, Vec<ImageLock>), String> {
     let limits = disk.limits()?;
-    let store = disk.source.open(&disk.how, disk.num_queues)?;
+    let (store, locks) = disk.source.open(&disk.how, disk.num_queues)?;
     let mut block = BlockOptions::with_queues(disk.num_queues);
     if disk.id.is_some() {
         block.id.fill(0);
@@ -131,5 +146,5 @@ fn open_disk(name: &str, disk: &OneDisk) -> Result<BlockDevice, String> {
     }
     let device = BlockDevice::on(store, block);
     device.limiter().set(limits);
-    Ok(device)
+    Ok((device, locks))
 }

@@ -1,0 +1,201 @@
+//! Locks on images, byte for byte as QEMU takes them: who writes is alone, readers share.
+//!
+//! A lock belongs to a description of the image that was opened for it alone, and goes with the
+//! last process that holds that: at the end of this one, however it ends, or of one that it was
+//! handed to.
+#![allow(unsafe_code)]
+// UNSAFETY: fcntl with a lock, which no safe wrapper among the dependencies takes.
+
+use crate::limits::{LOCK_RETRY_MILLIS, LOCK_WAIT_MILLIS, MAX_BACKING_DEPTH};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// First byte of those that say what a user does, one for each permission.
+const DOES: i64 = 100;
+/// First byte of those that say what a user does not let others do.
+const FORBIDS: i64 = 200;
+/// Numbers of permissions: reading what is consistent, and writing.
+const READ: i64 = 0;
+const WRITE: i64 = 1;
+
+/// What an image is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Use {
+    /// Read, while nobody writes.
+    Read,
+    /// Written, by nobody else.
+    Write,
+}
+
+/// A lock on an image, held while this exists.
+#[derive(Debug)]
+pub(super) struct ImageLock(#[expect(dead_code, reason = "held for its lock")] File);
+
+impl ImageLock {
+    /// Locks an image. One that is in use may be about to be free: waits a moment for that. `None`
+    /// where the file system has no locks. The error is a sentence.
+    pub(super) fn take(path: &Path, how: Use) -> Result<Option<ImageLock>, String> {
+        let shown = path.display();
+        let file = File::open(path)
+            .map_err(|error| format!("cannot open the disk image {shown}: {error}"))?;
+        let deadline = Instant::now() + Duration::from_millis(LOCK_WAIT_MILLIS);
+        loop {
+            match lock(&file, how) {
+                Ok(true) => return Ok(Some(ImageLock(file))),
+                Ok(false) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(LOCK_RETRY_MILLIS));
+                }
+                Ok(false) => {
+                    return Err(match how {
+                        Use::Write => format!(
+                            "the disk image {shown} is in use by another program; a writer must \
+                             be alone (--read-only shares with readers, --no-lock does not ask)"
+                        ),
+                        Use::Read => format!(
+                            "the disk image {shown} is being written by another program \
+                             (--no-lock does not ask)"
+                        ),
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!("cannot lock the disk image {shown}: {error}");
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// Locks a qcow2 image's backing files, which are only read, down to the last.
+    pub(super) fn take_backing(image: &Path) -> Result<Vec<ImageLock>, String> {
+        let mut locks = Vec::new();
+        let mut next = backing_of(image);
+        while let Some(path) = next.filter(|_| locks.len() < MAX_BACKING_DEPTH as usize) {
+            locks.extend(ImageLock::take(&path, Use::Read)?);
+            next = backing_of(&path);
+        }
+        Ok(locks)
+    }
+}
+
+/// The file that a qcow2 image names as its base, if it is one and names a file.
+fn backing_of(image: &Path) -> Option<PathBuf> {
+    let file = File::open(image).ok()?;
+    let mut header = [0; 20];
+    file.read_exact_at(&mut header, 0).ok()?;
+    let [b'Q', b'F', b'I', 0xfb, _, _, _, _, at @ .., l0, l1, l2, l3] = header else {
+        return None;
+    };
+    let len = u32::from_be_bytes([l0, l1, l2, l3]);
+    // The format's own limit.
+    let mut name = vec![
+        0;
+        usize::try_from(len)
+            .ok()
+            .filter(|len| (1..1024).contains(len))?
+    ];
+    file.read_exact_at(&mut name, u64::from_be_bytes(at)).ok()?;
+    let name = String::from_utf8(name).ok()?;
+    let folder = image.parent()?;
+    let path = folder.join(name.strip_prefix("file:").unwrap_or(&name));
+    path.exists().then_some(path)
+}
+
+/// Whether the lock was taken.
+fn lock(file: &File, how: Use) -> io::Result<bool> {
+    let does: &[i64] = match how {
+        Use::Read => &[READ],
+        Use::Write => &[READ, WRITE],
+    };
+    // Said first, asked afterwards: of two that come at once, at least one sees the other.
+    for byte in does {
+        set(file, DOES + byte, libc::F_RDLCK)?;
+    }
+    set(file, FORBIDS + WRITE, libc::F_RDLCK)?;
+    let mut free = !is_taken(file, DOES + WRITE)?;
+    for byte in does {
+        free &= !is_taken(file, FORBIDS + byte)?;
+    }
+    if !free {
+        for byte in does {
+            set(file, DOES + byte, libc::F_UNLCK)?;
+        }
+        set(file, FORBIDS + WRITE, libc::F_UNLCK)?;
+    }
+    Ok(free)
+}
+
+fn set(file: &File, byte: i64, kind: libc::c_int) -> io::Result<()> {
+    let lock = one_byte(byte, kind);
+    // SAFETY: the lock is valid for the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether anybody else has locked this byte.
+fn is_taken(file: &File, byte: i64) -> io::Result<bool> {
+    let mut lock = one_byte(byte, libc::F_WRLCK);
+    // SAFETY: the lock is valid for the call, which writes to it.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } {
+        0 => Ok(i32::from(lock.l_type) != libc::F_UNLCK),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn one_byte(byte: i64, kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        // The three kinds are 0, 1 and 2.
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writers_are_alone_and_readers_share() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, [0; 512]).unwrap();
+        let open = || File::open(&path).unwrap();
+        for (first, second, both) in [
+            (Use::Read, Use::Read, true),
+            (Use::Read, Use::Write, false),
+            (Use::Write, Use::Read, false),
+            (Use::Write, Use::Write, false),
+        ] {
+            let (a, b) = (open(), open());
+            assert!(lock(&a, first).unwrap());
+            assert_eq!(lock(&b, second).unwrap(), both, "{first:?} {second:?}");
+            // What was refused is no hindrance, and the end of one is the end of its lock.
+            drop(b);
+            assert!(lock(&a, first).unwrap());
+            drop(a);
+            assert!(lock(&open(), second).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_backing_file_is_found_beside_its_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, image) = (dir.path().join("base"), dir.path().join("image"));
+        std::fs::write(&base, vec![0; 1 << 20]).unwrap();
+        crate::engine::create_overlay(&image, &base, false).unwrap();
+        assert_eq!(ImageLock::take_backing(&image).unwrap().len(), 1);
+        let writer = ImageLock::take(&base, Use::Write).unwrap();
+        let refused = ImageLock::take_backing(&image).unwrap_err();
+        assert!(refused.contains("being written"), "{refused}");
+        drop(writer);
+        assert!(ImageLock::take_backing(&base).unwrap().is_empty());
+    }
+}
