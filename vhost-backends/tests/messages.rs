@@ -503,27 +503,20 @@ fn messages_without_a_pause_do_not_keep_a_session_from_stopping() {
         .flat_map(|w| w.to_ne_bytes())
         .collect();
     let many = head.repeat(4096);
-    let floods: Vec<_> = (0..2)
-        .map(|_| {
-            let mut stream = client.stream.try_clone().unwrap();
-            let many = many.clone();
-            std::thread::spawn(move || {
-                let mut sent = 0u64;
-                // Whole messages, or the end.
-                while stream.write_all(&many).is_ok() {
-                    sent += 1;
-                }
-                sent
-            })
-        })
-        .collect();
+    let mut stream = client.stream.try_clone().unwrap();
+    let flood = std::thread::spawn(move || {
+        let mut sent = 0u64;
+        // Whole messages, or the end.
+        while stream.write_all(&many).is_ok() {
+            sent += 1;
+        }
+        sent
+    });
     std::thread::sleep(Duration::from_millis(100));
     let start = Instant::now();
     assert_eq!(client.stop(), SessionEnd::Stopped);
     assert!(start.elapsed() < Duration::from_secs(5));
-    for flood in floods {
-        assert!(flood.join().unwrap() > 0);
-    }
+    assert!(flood.join().unwrap() > 0);
 }
 
 #[test]
