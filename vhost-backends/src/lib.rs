@@ -8,6 +8,7 @@
 //! | [`session`] | the frontend's messages become memory, rings and running queues |
 //! | [`ring`] | a descriptor chain becomes one owned, checked value |
 //! | [`block`] | a chain becomes a typed request; a result becomes a status byte |
+//! | [`net`] | a chain becomes a frame, on its way to a port; frames come back |
 //! | [`engine`] | bytes come from and go to the disk |
 //! | [`adapter`] | lets a `VhostUserBackend` be served by [`session`] |
 //! | [`limit`] | how many requests and bytes a device may take each second |
@@ -108,10 +109,11 @@ pub mod daemon;
 pub mod engine;
 pub mod limit;
 pub mod limits;
+pub mod net;
 mod readiness;
 pub mod ring;
 pub mod sandbox;
 pub mod session;
 pub mod stats;
 
-pub use daemon::pv_blkd_main;
+pub use daemon::{pv_blkd_main, pv_netd_main};

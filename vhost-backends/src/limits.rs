@@ -50,6 +50,9 @@ pub const MAX_RATE_BURST: u64 = 1 << 50;
 pub const MAX_HOLD_MILLIS: u64 = 100;
 /// Sockets that a service manager may pass: one for each disk.
 pub const MAX_PASSED: i32 = MAX_DISKS as i32;
+/// Network ports of one daemon; each costs a thread, its queues' threads and what its frontend
+/// sends.
+pub const MAX_PORTS: usize = 64;
 /// Disks of one daemon; each costs a thread, its queues' threads and what its frontend sends.
 pub const MAX_DISKS: usize = 64;
 /// Bytes of one request to the statistics or control socket, with its head.

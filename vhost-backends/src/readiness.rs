@@ -6,6 +6,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
+use vmm_sys_util::epoll::Epoll;
+use vmm_sys_util::timerfd::TimerFd;
 
 /// What to wait for on one descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +48,27 @@ pub(crate) fn wait<const N: usize>(
             return Err(error);
         }
     }
+}
+
+/// The file status flags of a descriptor (`O_NONBLOCK`, `O_APPEND`, ...).
+pub(crate) fn status_flags(fd: BorrowedFd<'_>) -> io::Result<i32> {
+    // SAFETY: F_GETFL takes no pointer.
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) } {
+        -1 => Err(io::Error::last_os_error()),
+        flags => Ok(flags),
+    }
+}
+
+/// An epoll as a descriptor to wait for.
+pub(crate) fn epoll_fd(epoll: &Epoll) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is the epoll's own, which is borrowed for as long as the result.
+    unsafe { BorrowedFd::borrow_raw(epoll.as_raw_fd()) }
+}
+
+/// A timer as a descriptor to wait for.
+pub(crate) fn timer_fd(timer: &TimerFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is the timer's own, which is borrowed for as long as the result.
+    unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) }
 }
 
 /// An eventfd of our own: non-blocking, closed on exec.

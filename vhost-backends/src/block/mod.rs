@@ -13,6 +13,7 @@ mod resize;
 mod tests;
 
 pub use config::BlockOptions;
+pub(crate) use poll::AdaptivePoll;
 pub use request::{RefusedRequest, Request, parse};
 pub use resize::{ResizeRefused, Resized};
 

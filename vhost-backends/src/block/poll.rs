@@ -13,18 +13,18 @@ const LEAST: Duration = Duration::from_micros(8);
 
 /// The present estimate.
 #[derive(Debug, Default)]
-pub(super) struct AdaptivePoll {
+pub(crate) struct AdaptivePoll {
     budget: Duration,
 }
 
 impl AdaptivePoll {
     /// How long to look now.
-    pub(super) fn budget(&self) -> Duration {
+    pub(crate) fn budget(&self) -> Duration {
         self.budget
     }
 
     /// A look found nothing, and the sleep after it took this long.
-    pub(super) fn slept(&mut self, time: Duration) {
+    pub(crate) fn slept(&mut self, time: Duration) {
         self.budget = if time > MOST {
             Duration::ZERO
         } else {

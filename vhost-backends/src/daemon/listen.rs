@@ -117,7 +117,7 @@ impl Sockets {
     }
 
     /// A listening socket for the daemon's own use, for its user alone if `private`.
-    pub(super) fn listen(&mut self, path: &Path, private: bool) -> Result<UnixListener, String> {
+    pub(crate) fn listen(&mut self, path: &Path, private: bool) -> Result<UnixListener, String> {
         let (listener, made) = listen(path.to_owned())?;
         self.made.push(made);
         if private {

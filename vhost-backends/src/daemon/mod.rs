@@ -15,11 +15,17 @@
 //! | `serve` | opens, confines itself, and serves the fleet until the end |
 //! | `admin` | the statistics and control sockets |
 //! | `notify`, `remover`, `signals` | the service manager, socket files, SIGTERM |
+//! | `keys` | devices on the command line |
+//! | `connector` | connections to paths, from inside the sandbox |
 //! | `blk` | `pv-blkd` |
+//! | `net` | `pv-netd` |
 
 mod admin;
 mod blk;
+mod connector;
+mod keys;
 mod listen;
+mod net;
 mod notify;
 mod options;
 mod program;
@@ -28,7 +34,9 @@ mod serve;
 mod signals;
 
 pub use blk::pv_blkd_main;
+pub(crate) use connector::Connector;
 pub(crate) use listen::Sockets;
+pub use net::pv_netd_main;
 pub(crate) use options::{Operation, SocketArgs};
 pub(crate) use program::{parse, start};
 pub(crate) use serve::serve;

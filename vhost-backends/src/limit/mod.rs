@@ -120,11 +120,16 @@ impl Limiter {
 
     /// Takes a request of so many bytes into account.
     pub fn charge(&self, bytes: u64) {
+        self.charge_many(1, bytes);
+    }
+
+    /// Takes several requests of so many bytes together into account.
+    pub fn charge_many(&self, requests: u64, bytes: u64) {
         if self.requests.is_open() && self.bytes.is_open() {
             return;
         }
         let now = self.now();
-        self.requests.charge(1, now);
+        self.requests.charge(requests, now);
         self.bytes.charge(bytes, now);
     }
 

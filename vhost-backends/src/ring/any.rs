@@ -101,6 +101,14 @@ impl Ring {
         either!(self, ring => ring.memory())
     }
 
+    /// Gives chains back that were taken last and have not been written to, for a ring that
+    /// goes on later: they will be taken again. The order is that in which they were taken.
+    pub fn put_back(&mut self, chains: impl DoubleEndedIterator<Item = OwnedChain>) {
+        for chain in chains.rev() {
+            either!(self, ring => ring.put_back(chain.head()));
+        }
+    }
+
     /// Why the ring was retired, if it was.
     pub fn retired(&self) -> Option<Retire> {
         either!(self, ring => ring.retired())

@@ -61,6 +61,17 @@ impl Position {
         }
     }
 
+    /// `count` is at most `size`.
+    fn moved_back(self, count: u16, size: u16) -> Position {
+        match self.index.checked_sub(count) {
+            Some(index) => Position { index, ..self },
+            None => Position {
+                index: self.index + (size - count),
+                wrap: !self.wrap,
+            },
+        }
+    }
+
     fn from_state(state: u16) -> Position {
         Position {
             index: state & !WRAP,
@@ -406,6 +417,20 @@ impl PackedRing {
         self.outstanding -= taken.count;
         self.in_flight -= 1;
         Some(taken)
+    }
+
+    /// Gives back the chain that was taken last, untouched: it will be taken again.
+    pub(super) fn put_back(&mut self, id: u16) {
+        // Under a log it stays in flight there, and comes first in the next ring.
+        if self.log.is_some() {
+            return;
+        }
+        if let Some(taken) = self.clear_taken(id) {
+            self.next_avail = self.next_avail.moved_back(taken.count, self.size());
+            if let Some(dirty) = &mut self.dirty {
+                dirty.given_back(id);
+            }
+        }
     }
 
     fn publish(&mut self, batch: &[Completion]) -> Result<(), Retire> {

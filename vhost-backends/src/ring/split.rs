@@ -193,6 +193,18 @@ impl SplitRing {
             .map_or(0, |index| index.0)
     }
 
+    /// Gives back the chain that was taken last, untouched: it will be taken again.
+    pub(super) fn put_back(&mut self, head: u16) {
+        // Under a log it stays in flight there, and comes first in the next ring.
+        if self.log.is_none() && self.set_in_flight(head, false) {
+            let next = self.queue.next_avail();
+            self.queue.set_next_avail(next.wrapping_sub(1));
+            if let Some(dirty) = &mut self.dirty {
+                dirty.given_back(head);
+            }
+        }
+    }
+
     fn retire<T>(&mut self, reason: Retire) -> Result<T, Retire> {
         Err(*self.retired.get_or_insert(reason))
     }

@@ -41,6 +41,8 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_eventfd2,
+    // A peer that is looked for again.
+    libc::SYS_timerfd_settime,
     // Connections.
     libc::SYS_accept4,
     libc::SYS_recvmsg,
@@ -77,9 +79,11 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_getrandom,
 ];
 
-/// `ioctl` requests: non-blocking sockets, and what block devices are asked.
+/// `ioctl` requests: non-blocking sockets, and what block devices and taps are asked.
 const IOCTLS: &[u64] = &[
     libc::FIONBIO,
+    crate::net::port::TAP_LATE_IOCTLS[0],
+    crate::net::port::TAP_LATE_IOCTLS[1],
     0x1277,      // BLKDISCARD
     0x127d,      // BLKSECDISCARD
     0x127f,      // BLKZEROOUT
@@ -216,9 +220,26 @@ fn without(argument: u8, bit: libc::c_int) -> Result<SeccompCondition, BackendEr
     is(argument, SeccompCmpOp::MaskedEq(bit), 0)
 }
 
+/// The list for a process that connects to what it was told before, again and again.
+pub(crate) fn confine_connector() -> Result<(), String> {
+    confine(&[
+        libc::SYS_recvfrom,
+        // The standard library looks whether what it closes is open.
+        libc::SYS_fcntl,
+        libc::SYS_socket,
+        libc::SYS_connect,
+        libc::SYS_sendmsg,
+        libc::SYS_close,
+        libc::SYS_munmap,
+        libc::SYS_brk,
+        libc::SYS_sigaltstack,
+        libc::SYS_exit_group,
+    ])
+}
+
 /// The list for a process that writes a byte, waits for one, looks at files and removes them.
 pub(crate) fn confine_remover() -> Result<(), String> {
-    let calls = [
+    confine(&[
         libc::SYS_read,
         libc::SYS_write,
         libc::SYS_statx,
@@ -229,9 +250,13 @@ pub(crate) fn confine_remover() -> Result<(), String> {
         libc::SYS_brk,
         libc::SYS_sigaltstack,
         libc::SYS_exit_group,
-    ];
+    ])
+}
+
+/// Ends this process at any call that is not one of these.
+fn confine(calls: &[libc::c_long]) -> Result<(), String> {
     let program: BpfProgram = SeccompFilter::new(
-        calls.into_iter().map(|call| (call, vec![])).collect(),
+        calls.iter().map(|call| (*call, vec![])).collect(),
         SeccompAction::KillProcess,
         SeccompAction::Allow,
         TargetArch::x86_64,

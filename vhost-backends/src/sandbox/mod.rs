@@ -19,7 +19,7 @@ mod paths;
 mod privileges;
 mod probe;
 
-pub(crate) use filter::confine_remover;
+pub(crate) use filter::{confine_connector, confine_remover};
 pub(crate) use paths::allow_removal;
 pub use probe::{Outcome, Probe, probe_all};
 

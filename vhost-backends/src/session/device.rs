@@ -5,6 +5,7 @@ use crate::session::{FrontendLink, Notifier};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use vhost::vhost_user::VhostUserProtocolFeatures;
 
 /// A device that vhost-user sessions serve. One device outlives many connections.
 pub trait Device: Send + Sync {
@@ -36,6 +37,27 @@ pub trait Device: Send + Sync {
     /// in-flight log and the dirty log.
     fn serves_through_ring(&self) -> bool {
         true
+    }
+
+    /// Protocol features that it is offered with, of those served for every device. `owned`: the
+    /// frontend has said `SET_OWNER` already.
+    fn protocol_features(
+        &self,
+        served: VhostUserProtocolFeatures,
+        _owned: bool,
+    ) -> VhostUserProtocolFeatures {
+        served
+    }
+
+    /// The frontend tells the MTU of its network device (`NET_MTU`). Whether it may be that.
+    fn set_mtu(&self, _mtu: u64) -> bool {
+        false
+    }
+
+    /// The frontend has moved a guest here that cannot announce itself (`RARP`). Whether the
+    /// device can do so for it.
+    fn announce_guest(&self, _mac: [u8; 6]) -> bool {
+        false
     }
 
     /// The way to tell the frontend something, once there is one; `None` when it is gone.

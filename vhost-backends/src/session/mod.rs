@@ -89,6 +89,8 @@ struct Session<'d> {
     device: &'d dyn Device,
     features: u64,
     protocol_features: u64,
+    /// The frontend said `SET_OWNER`.
+    owned: bool,
     memory: MemoryTable,
     inflight: Option<Arc<InflightLog>>,
     dirty: Option<Arc<DirtyLog>>,
@@ -103,6 +105,7 @@ impl<'d> Session<'d> {
             device,
             features: 0,
             protocol_features: 0,
+            owned: false,
             memory: MemoryTable::default(),
             inflight: None,
             dirty: None,
@@ -165,11 +168,12 @@ impl<'d> Session<'d> {
     }
 
     fn offered_protocol_features(&self) -> VhostUserProtocolFeatures {
-        if self.device.serves_through_ring() {
+        let served = if self.device.serves_through_ring() {
             PROTOCOL_FEATURES_SERVED | PROTOCOL_FEATURES_OF_RINGS
         } else {
             PROTOCOL_FEATURES_SERVED
-        }
+        };
+        self.device.protocol_features(served, self.owned)
     }
 
     fn handle(&mut self, request: Request) -> Result<Reply, Refusal> {
@@ -202,7 +206,7 @@ impl<'d> Session<'d> {
                 ));
             }
             // A frontend that comes back on the same connection says this again.
-            Request::SetOwner => {}
+            Request::SetOwner => self.owned = true,
             Request::SetFeatures(features) => self.set_features(features)?,
             Request::SetProtocolFeatures(features) => {
                 let unknown = features & !self.offered_protocol_features().bits();
@@ -217,6 +221,16 @@ impl<'d> Session<'d> {
                 .device
                 .write_config(offset, &data)
                 .map_err(|_| Refusal::BadValue("configuration is read-only"))?,
+            Request::SetMtu(mtu) => {
+                if !self.device.set_mtu(mtu) {
+                    return Err(Refusal::BadValue("the device takes no such MTU"));
+                }
+            }
+            Request::SendRarp(mac) => {
+                if !self.device.announce_guest(mac) {
+                    return Err(Refusal::BadValue("the device announces nobody"));
+                }
+            }
             Request::SetMemTable(regions) => self.set_memory(MemoryTable::from_regions(regions))?,
             Request::AddMemReg(region, fd) => {
                 let table = self.memory.with(region, fd)?;

@@ -103,6 +103,9 @@ pub(crate) enum Request {
     SetLogBase(LogBase, OwnedFd),
     SetLogFd(OwnedFd),
     SetBackendChannel(OwnedFd),
+    SetMtu(u64),
+    /// The station to announce.
+    SendRarp([u8; 6]),
 }
 
 /// What kind of answer a request number has, whatever its content.
@@ -215,6 +218,12 @@ pub(crate) fn parse(message: Message) -> Result<Request, Refusal> {
         FrontendReq::GET_MAX_MEM_SLOTS => empty(body, Request::GetMaxMemSlots)?,
         FrontendReq::SET_STATUS => Request::SetStatus(exact(body)?),
         FrontendReq::GET_STATUS => empty(body, Request::GetStatus)?,
+        FrontendReq::NET_SET_MTU => Request::SetMtu(exact(body)?),
+        FrontendReq::SEND_RARP => {
+            // Six bytes of address, and two that mean nothing.
+            let [a, b, c, d, e, f, _, _] = exact::<u64>(body)?.to_ne_bytes();
+            Request::SendRarp([a, b, c, d, e, f])
+        }
         // Nothing of these is offered: IOTLB, postcopy, device state, shared objects.
         _ => return Err(Refusal::NotServed(number)),
     };

@@ -1,10 +1,11 @@
 //! The command line. One disk has flags; several have `--disk`, whose keys are the same flags.
 
 use super::disk::{DiskArgs, UseArgs};
+use crate::daemon::keys::{self, parse_bytes};
 use crate::daemon::{Operation, SocketArgs};
 use crate::limit::Limits;
 use crate::limits::{MAX_DISKS, MAX_QUEUES};
-use clap::{ArgAction, Args, CommandFactory, Parser};
+use clap::{Args, Parser};
 use pv_abi::virtio::block::ID_LEN;
 
 /// Serves disk images as vhost-user block devices.
@@ -115,69 +116,12 @@ impl Cli {
 }
 
 fn parse_keys(text: &str) -> Result<OneDisk, String> {
-    let command = Keys::command();
-    let mut line = vec!["--disk".to_owned()];
-    for pair in split(text) {
-        let (key, value) = pair.split_once('=').unwrap_or((&pair, "on"));
-        let long = match key {
-            "socket" => "socket-path",
-            "file" => "blk-file",
-            key => key,
-        };
-        let known = command.get_arguments().find(|a| a.get_long() == Some(long));
-        let known = known.ok_or(format!("there is no key {key:?}"))?;
-        match (known.get_action(), value) {
-            (ArgAction::SetTrue, "on" | "true" | "yes") => line.push(format!("--{long}")),
-            (ArgAction::SetTrue, "off" | "false" | "no") => {}
-            (ArgAction::SetTrue, _) => return Err(format!("{key} is neither on nor off")),
-            _ => line.push(format!("--{long}={value}")),
-        }
-    }
-    match Keys::try_parse_from(line) {
-        Ok(keys) => Ok(keys.one),
-        Err(error) => {
-            let shown = error.to_string();
-            let first = shown.lines().next().unwrap_or_default();
-            Err(first.trim_start_matches("error: ").to_owned())
-        }
-    }
-}
-
-/// At commas, but not at double ones, which stand for one.
-fn split(text: &str) -> Vec<String> {
-    let mut parts = vec![String::new()];
-    let mut letters = text.chars().peekable();
-    while let Some(letter) = letters.next() {
-        if letter == ',' && letters.next_if_eq(&',').is_none() {
-            parts.push(String::new());
-        } else if let Some(last) = parts.last_mut() {
-            last.push(letter);
-        }
-    }
-    parts
+    let short = [("socket", "socket-path"), ("file", "blk-file")];
+    keys::parse::<Keys>("--disk", &short, text).map(|keys| keys.one)
 }
 
 fn parse_id(text: &str) -> Result<String, String> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if text.is_empty() || text.len() > ID_LEN || !text.chars().all(plain) {
-        return Err(format!(
-            "1 to {ID_LEN} letters, digits, -, _ and . are a name"
-        ));
-    }
-    Ok(text.to_owned())
-}
-
-fn parse_bytes(text: &str) -> Result<u64, String> {
-    let (number, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (text.get(..at), 10),
-        Some((at, 'm' | 'M')) => (text.get(..at), 20),
-        Some((at, 'g' | 'G')) => (text.get(..at), 30),
-        _ => (Some(text), 0),
-    };
-    number
-        .and_then(|number| number.parse::<u64>().ok())
-        .and_then(|number| number.checked_mul(1 << shift))
-        .ok_or("not a number of bytes, as 4096, 64K, 10M or 1G".into())
+    keys::parse_name(text, ID_LEN)
 }
 
 #[cfg(test)]
@@ -218,14 +162,5 @@ mod tests {
         assert!(names(same).unwrap_err().contains("two disks"));
         let both = cli(&["--blk-file", "a", "--disk", "file=b"]);
         assert!(names(both).unwrap_err().contains("single"));
-    }
-
-    #[test]
-    fn sizes() {
-        assert_eq!(parse_bytes("512"), Ok(512));
-        assert_eq!(parse_bytes("3G"), Ok(3 << 30));
-        for bad in ["", "K", "-1", "1T", "99999999999999G", "1\u{e9}"] {
-            assert!(parse_bytes(bad).is_err(), "{bad}");
-        }
     }
 }

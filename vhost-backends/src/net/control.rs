@@ -1,0 +1,214 @@
+//! The control queue (virtio 1.3 §5.1.6.5): a thread that carries out commands.
+
+use super::limits::{MAX_BATCH, MAX_CONTROL_BYTES};
+use super::port::Port;
+use super::worker::{self, Wake};
+use super::{Link, Offloads};
+use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
+use crate::session::{QueueSetup, QueueStop, QueueWorker};
+use pv_abi::virtio::net::{control, feature};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Starts the control queue.
+pub(super) fn spawn(
+    link: Arc<Link>,
+    port: Arc<dyn Port>,
+    setup: QueueSetup,
+) -> io::Result<Box<dyn QueueWorker>> {
+    if setup.features & feature::CTRL_VLAN != 0 {
+        link.change_filter(super::Filter::filter_vlans);
+    }
+    worker::spawn("net-control".into(), setup, None, move |setup, wake| {
+        let (call, err) = (setup.call, setup.err);
+        let mut ring = setup.ring;
+        let commands = Commands {
+            link,
+            port,
+            features: setup.features,
+        };
+        let mut retired = false;
+        while !wake.stop.is_set() {
+            if commands.turn(&mut ring) {
+                if ring.should_signal() {
+                    call.signal();
+                }
+                continue;
+            }
+            if let Some(reason) = ring.retired()
+                && !std::mem::replace(&mut retired, true)
+            {
+                commands.link.ring_retired(&reason);
+                err.signal();
+            }
+            if let Err(error) = rest(&mut ring, &wake) {
+                tracing::error!(%error, "control queue stopped");
+                err.signal();
+                break;
+            }
+        }
+        QueueStop {
+            ring: ring.save(),
+            retired: ring.retired(),
+        }
+    })
+}
+
+fn rest(ring: &mut Ring, wake: &Wake) -> io::Result<()> {
+    if ring.arm() {
+        return Ok(());
+    }
+    wake.for_kick(None)
+}
+
+struct Commands {
+    link: Arc<Link>,
+    port: Arc<dyn Port>,
+    features: u64,
+}
+
+impl Commands {
+    /// Carries out what is there. Whether there was anything.
+    fn turn(&self, ring: &mut Ring) -> bool {
+        let memory = Arc::clone(ring.memory());
+        let mut done = Vec::new();
+        while done.len() < MAX_BATCH {
+            let Ok(Some(chain)) = ring.pop() else { break };
+            let outcome = read(&chain, &memory).and_then(|bytes| self.carry_out(&bytes));
+            self.link.stats.command(outcome.is_some());
+            let answer = match outcome {
+                Some(()) => control::OK,
+                None => control::ERR,
+            };
+            // The answer is the first byte that the device writes; there may be nowhere to put it.
+            let written = chain.write_at(&memory, 0, &[answer]).is_ok();
+            done.push(Completion {
+                head: chain.head(),
+                written: u32::from(written),
+            });
+        }
+        ring.complete(&done);
+        !done.is_empty()
+    }
+
+    fn has(&self, bit: u64) -> Option<()> {
+        (self.features & bit != 0).then_some(())
+    }
+
+    /// `None`: unknown, not negotiated, or not what it should be.
+    fn carry_out(&self, bytes: &[u8]) -> Option<()> {
+        let (head, body) = bytes.split_first_chunk::<2>()?;
+        let [class, command] = *head;
+        match (class, command) {
+            control::RX_PROMISC | control::RX_ALLMULTI => {
+                self.has(feature::CTRL_RX)?;
+                self.receive_mode((class, command), body)
+            }
+            control::RX_ALLUNI | control::RX_NOMULTI | control::RX_NOUNI | control::RX_NOBCAST => {
+                self.has(feature::CTRL_RX_EXTRA)?;
+                self.receive_mode((class, command), body)
+            }
+            control::MAC_TABLE_SET => {
+                self.has(feature::CTRL_RX)?;
+                let (unicast, rest) = table(body)?;
+                let (multicast, rest) = table(rest)?;
+                rest.is_empty().then_some(())?;
+                self.link
+                    .change_filter(|filter| filter.set_tables(unicast, multicast));
+                Some(())
+            }
+            control::MAC_ADDR_SET => {
+                self.has(feature::CTRL_MAC_ADDR)?;
+                let mac = super::Mac(<[u8; 6]>::try_from(body).ok()?);
+                (!mac.is_group()).then_some(())?;
+                self.link.change_filter(|filter| filter.mac = mac);
+                Some(())
+            }
+            control::VLAN_ADD | control::VLAN_DEL => {
+                self.has(feature::CTRL_VLAN)?;
+                let id = u16::from_le_bytes(<[u8; 2]>::try_from(body).ok()?);
+                let wanted = (class, command) == control::VLAN_ADD;
+                self.link
+                    .change_filter(|filter| filter.set_vlan(id, wanted))
+                    .then_some(())
+            }
+            control::ANNOUNCE_ACK => {
+                self.has(feature::GUEST_ANNOUNCE)?;
+                body.is_empty().then_some(())?;
+                // Ordering: Relaxed, as for all of the link.
+                self.link.announce.store(false, Ordering::Relaxed);
+                Some(())
+            }
+            control::MQ_VQ_PAIRS_SET => {
+                self.has(feature::MQ)?;
+                let pairs = u16::from_le_bytes(<[u8; 2]>::try_from(body).ok()?);
+                (1..=self.link.options.queue_pairs)
+                    .contains(&pairs)
+                    .then_some(())?;
+                self.link.set_active_pairs(pairs, &*self.port);
+                Some(())
+            }
+            control::GUEST_OFFLOADS_SET => {
+                self.has(feature::CTRL_GUEST_OFFLOADS)?;
+                let wanted = u64::from_le_bytes(<[u8; 8]>::try_from(body).ok()?);
+                (wanted & !(self.features & GUEST_OFFLOADS) == 0).then_some(())?;
+                // Ordering: Relaxed, as for all of the link.
+                self.link.guest_offloads.store(wanted, Ordering::Relaxed);
+                self.port
+                    .set_guest_offloads(Offloads::of_guest(self.features & wanted));
+                Some(())
+            }
+            _ => None,
+        }
+    }
+
+    fn receive_mode(&self, which: (u8, u8), body: &[u8]) -> Option<()> {
+        let on = match body {
+            [0] => false,
+            [1] => true,
+            _ => return None,
+        };
+        self.link.change_filter(|filter| {
+            let mode = match which {
+                control::RX_PROMISC => &mut filter.promiscuous,
+                control::RX_ALLMULTI => &mut filter.all_multicast,
+                control::RX_ALLUNI => &mut filter.all_unicast,
+                control::RX_NOMULTI => &mut filter.no_multicast,
+                control::RX_NOUNI => &mut filter.no_unicast,
+                control::RX_NOBCAST => &mut filter.no_broadcast,
+                _ => return None,
+            };
+            *mode = on;
+            Some(())
+        })
+    }
+}
+
+/// What a driver can switch off and on again.
+pub(super) const GUEST_OFFLOADS: u64 = feature::GUEST_CSUM
+    | feature::GUEST_TSO4
+    | feature::GUEST_TSO6
+    | feature::GUEST_ECN
+    | feature::GUEST_USO4
+    | feature::GUEST_USO6;
+
+/// A whole command; `None` if it is too long to be one.
+fn read(chain: &OwnedChain, memory: &vm_memory::GuestMemoryMmap) -> Option<Vec<u8>> {
+    let len = chain.readable_len();
+    if len > MAX_CONTROL_BYTES {
+        return None;
+    }
+    let mut bytes = vec![0; usize::try_from(len).ok()?];
+    chain.read_at(memory, 0, &mut bytes).ok()?;
+    Some(bytes)
+}
+
+/// A table of addresses, and what comes after it.
+fn table(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (count, rest) = bytes.split_first_chunk::<4>()?;
+    let len = usize::try_from(u32::from_le_bytes(*count))
+        .ok()?
+        .checked_mul(6)?;
+    rest.split_at_checked(len)
+}

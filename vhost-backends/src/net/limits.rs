@@ -1,0 +1,33 @@
+//! Bounds of the network device, with their reasons.
+
+/// Bytes of the longest frame: an IP packet of 65,535 bytes behind Ethernet and one VLAN tag.
+pub const MAX_FRAME_LEN: usize = 65_535 + 14 + 4;
+/// Bytes of the shortest frame: an Ethernet header, and nothing in it.
+pub const MIN_FRAME_LEN: usize = 14;
+/// Frames that are taken, sent and given back together: enough to share the cost of a lock and of
+/// a signal, and few enough that the first does not wait for long.
+pub const MAX_BATCH: usize = 64;
+/// Pairs of queues: with the control queue they stay within [`crate::limits::MAX_QUEUES`].
+pub const MAX_QUEUE_PAIRS: u16 = 7;
+/// Unicast, and multicast, addresses in a receive filter; more than that and all are let through,
+/// as the specification has it for tables that overflow.
+pub const MAX_FILTER_ADDRESSES: usize = 64;
+/// Bytes of one control command; the longest is a MAC table of both kinds.
+pub const MAX_CONTROL_BYTES: u64 = 4096;
+/// Stations that a switch knows: what is not known is flooded.
+pub const MAX_STATIONS: usize = 4096;
+/// Stations behind one port of a switch, so that no port takes the others' room.
+pub const MAX_STATIONS_PER_PORT: usize = 512;
+/// Seconds after which a switch forgets a station that sent nothing (IEEE 802.1D's default).
+pub const STATION_SECS: u64 = 300;
+/// Ports of one switch: a flooded frame is copied so many times at most.
+pub const MAX_SWITCH_PORTS: usize = 64;
+/// Frames per second that one port may have flooded to all the others.
+pub const MAX_FLOOD_RATE: u64 = 20_000;
+/// Bytes that wait for a stream's peer to read: beyond, frames are dropped.
+pub const MAX_STREAM_BACKLOG: usize = 256 << 10;
+/// Milliseconds between attempts to reach a stream's peer.
+pub const STREAM_RETRY_MILLIS: u64 = 200;
+/// Buffers that one frame is spread over, so that a driver with tiny ones cannot make one frame
+/// cost a whole ring of them: 64 KiB in buffers of 512 bytes.
+pub const MAX_MERGED: usize = 130;

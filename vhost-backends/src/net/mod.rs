@@ -1,0 +1,332 @@
+//! The network device (virtio 1.3 §5.1).
+//!
+//! | file | in | out |
+//! |---|---|---|
+//! | `transmit` | chains of a transmit queue | batches of checked frames, to a port |
+//! | `receive` | frames, from anywhere | used receive buffers, and a signal for each batch |
+//! | `source` | a port's readable descriptor | frames, read right into receive buffers |
+//! | `control` | commands | filters, offloads, queue pairs |
+//! | `frame`, `offload` | a frame and what its receiver takes | frames that it takes |
+//! | `port` | batches of frames | a tap, a switch, a socket, an interface, or the same guest |
+//!
+//! A frame is copied once at most between two guests, by the thread that serves its sender's
+//! queue; between a guest and a tap the kernel copies, and nobody else.
+
+mod config;
+mod control;
+mod filter;
+mod frame;
+pub mod limits;
+mod offload;
+pub mod port;
+mod receive;
+mod source;
+mod stats;
+mod steering;
+mod transmit;
+mod worker;
+
+pub use config::{NetOptions, OfferConfig};
+pub use frame::{Frame, Mac};
+pub use offload::Offloads;
+pub use receive::Inlet;
+pub use source::Reader;
+pub use stats::{Drop, NetSnapshot, NetStats};
+
+use crate::limit::Limiter;
+use crate::limits::MAX_RETIRED_LOGGED;
+use crate::ring::{DeviceRing, Retire};
+use crate::session::{ConfigRefused, Device, FrontendLink, QueueSetup, QueueStop, QueueWorker};
+use filter::Filter;
+use port::Port;
+use pv_abi::virtio::feature as ring;
+use pv_abi::virtio::net::{Header, LEGACY_HEADER_LEN, feature};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use steering::Steering;
+use vhost::vhost_user::VhostUserProtocolFeatures;
+
+/// A network device on any port. Serves any number of sessions, one after the other.
+#[derive(Debug)]
+pub struct NetDevice {
+    options: NetOptions,
+    port: Arc<dyn Port>,
+    link: Arc<Link>,
+    inlet: Arc<Inlet>,
+    frontend: Mutex<Option<Arc<FrontendLink>>>,
+}
+
+/// What the queues of a device share.
+#[derive(Debug)]
+pub(crate) struct Link {
+    options: NetOptions,
+    up: AtomicBool,
+    announce: AtomicBool,
+    filter: RwLock<Arc<Filter>>,
+    /// Receive offloads that the driver wants now, of those that it negotiated.
+    guest_offloads: AtomicU64,
+    /// Pairs of queues that the driver uses.
+    active_pairs: AtomicU16,
+    steering: Steering,
+    pub(crate) limiter: Limiter,
+    pub(crate) stats: NetStats,
+}
+
+// Ordering: Relaxed for all of these. Each stands for itself, and a frame that meets a change may
+// be treated by the old or by the new value.
+impl Link {
+    fn is_up(&self) -> bool {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    fn filter(&self) -> Arc<Filter> {
+        Arc::clone(&self.filter.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn change_filter<T>(&self, change: impl FnOnce(&mut Filter) -> T) -> T {
+        let mut filter = self.filter.write().unwrap_or_else(PoisonError::into_inner);
+        change(Arc::make_mut(&mut filter))
+    }
+
+    fn guest_offloads(&self, negotiated: u64) -> u64 {
+        negotiated & self.guest_offloads.load(Ordering::Relaxed)
+    }
+
+    fn active_pairs(&self) -> u16 {
+        self.active_pairs.load(Ordering::Relaxed)
+    }
+
+    fn set_active_pairs(&self, pairs: u16, port: &dyn Port) {
+        if self.active_pairs.swap(pairs, Ordering::Relaxed) != pairs {
+            port.set_pairs(pairs);
+        }
+    }
+
+    /// As after a reset.
+    fn reset(&self, port: &dyn Port) {
+        self.change_filter(|filter| *filter = Filter::open(self.options.mac));
+        self.guest_offloads.store(u64::MAX, Ordering::Relaxed);
+        self.set_active_pairs(1, port);
+    }
+
+    fn ring_retired(&self, reason: &Retire) {
+        // A driver can reset and break its ring again, as often as it likes.
+        if self.stats.retired() < MAX_RETIRED_LOGGED {
+            tracing::warn!(%reason, "ring retired");
+        }
+    }
+}
+
+/// What a queue of this index is for (virtio 1.3 §5.1.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Receive(u16),
+    Transmit(u16),
+    Control,
+}
+
+impl NetDevice {
+    /// A device on this port.
+    pub fn new(port: Arc<dyn Port>, options: NetOptions) -> NetDevice {
+        let options = options.pairs(options.queue_pairs.min(port.max_pairs()));
+        let link = Arc::new(Link {
+            options,
+            up: AtomicBool::new(true),
+            announce: AtomicBool::new(false),
+            filter: RwLock::new(Arc::new(Filter::open(options.mac))),
+            guest_offloads: AtomicU64::new(u64::MAX),
+            active_pairs: AtomicU16::new(1),
+            steering: Steering::default(),
+            limiter: Limiter::default(),
+            stats: NetStats::default(),
+        });
+        let inlet = Arc::new(Inlet::new(Arc::clone(&link), options.queue_pairs));
+        port.attach(&inlet, options.mac);
+        NetDevice {
+            options,
+            port,
+            link,
+            inlet,
+            frontend: Mutex::new(None),
+        }
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> &NetStats {
+        &self.link.stats
+    }
+
+    /// Limits on what the guest sends, to be changed at any time.
+    pub fn limiter(&self) -> &Limiter {
+        &self.link.limiter
+    }
+
+    /// Whether the link is up.
+    pub fn link_is_up(&self) -> bool {
+        self.link.is_up()
+    }
+
+    /// Brings the link up or down, and tells the guest. While it is down, frames are dropped. Not
+    /// to be called from a thread that serves the session's own messages.
+    pub fn set_link(&self, up: bool) -> io::Result<()> {
+        self.link.up.store(up, Ordering::Relaxed);
+        self.tell()
+    }
+
+    /// Asks the guest to announce itself, as after it was moved.
+    pub fn announce(&self) -> io::Result<()> {
+        self.link.announce.store(true, Ordering::Relaxed);
+        self.tell()
+    }
+
+    fn tell(&self) -> io::Result<()> {
+        let guard = self.frontend.lock().unwrap_or_else(PoisonError::into_inner);
+        let frontend = guard.clone();
+        drop(guard);
+        match frontend {
+            Some(frontend) => frontend.config_changed(),
+            // One that comes later reads the configuration then.
+            None => Ok(()),
+        }
+    }
+
+    fn role(&self, index: u16, features: u64) -> Role {
+        // Without MQ there is one pair, whatever the device could do.
+        let pairs = if features & (feature::MQ | feature::RSS) != 0 {
+            self.options.queue_pairs
+        } else {
+            1
+        };
+        match index {
+            index if index == 2 * pairs && features & feature::CTRL_VQ != 0 => Role::Control,
+            index if index % 2 == 0 => Role::Receive(index / 2),
+            index => Role::Transmit(index / 2),
+        }
+    }
+}
+
+impl Device for NetDevice {
+    fn queue_count(&self) -> u16 {
+        2 * self.options.queue_pairs + 1
+    }
+
+    fn features(&self) -> u64 {
+        config::features(&self.options)
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mac = self.link.filter().mac;
+        let announce = self.link.announce.load(Ordering::Relaxed);
+        config::space(&self.options, mac, self.link.is_up(), announce)
+    }
+
+    fn protocol_features(
+        &self,
+        served: VhostUserProtocolFeatures,
+        owned: bool,
+    ) -> VhostUserProtocolFeatures {
+        let offer = match self.options.config {
+            OfferConfig::Auto => owned,
+            OfferConfig::On => true,
+            OfferConfig::Off => false,
+        };
+        let mut features = served;
+        features.set(VhostUserProtocolFeatures::CONFIG, offer);
+        features | VhostUserProtocolFeatures::MTU | VhostUserProtocolFeatures::RARP
+    }
+
+    fn write_config(&self, _offset: u32, _data: &[u8]) -> Result<(), ConfigRefused> {
+        // The address was writable before virtio 1.0, and has a command since.
+        Err(ConfigRefused)
+    }
+
+    fn set_mtu(&self, mtu: u64) -> bool {
+        // What the frontend tells its guest; nothing here depends on it.
+        (68..=65_535).contains(&mtu)
+    }
+
+    fn announce_guest(&self, mac: [u8; 6]) -> bool {
+        // The frontend has moved its guest: the network is to learn where it is now.
+        let frame = port::reverse_arp(mac);
+        let mut bytes = frame;
+        let len = bytes.len();
+        let pieces = [vm_memory::VolatileSlice::from(&mut bytes[..])];
+        self.port
+            .send(0, &[Frame::new(Header::default(), &pieces, len)]);
+        true
+    }
+
+    fn set_frontend(&self, frontend: Option<Arc<FrontendLink>>) {
+        if frontend.is_none() {
+            // The connection is over; the next driver starts from the beginning.
+            self.link.reset(&*self.port);
+        }
+        *self.frontend.lock().unwrap_or_else(PoisonError::into_inner) = frontend;
+    }
+
+    fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {
+        if setup.index == 0 {
+            let features = self.link.guest_offloads(setup.features);
+            self.port.set_guest_offloads(Offloads::of_guest(features));
+        }
+        if setup.features & feature::CTRL_VQ == 0 && setup.features & feature::MQ != 0 {
+            // The frontend keeps the control queue to itself, and opens the queues in use.
+            let pairs = (setup.index / 2 + 1).max(self.link.active_pairs());
+            self.link.set_active_pairs(pairs, &*self.port);
+        }
+        match self.role(setup.index, setup.features) {
+            Role::Control => control::spawn(Arc::clone(&self.link), Arc::clone(&self.port), setup),
+            Role::Transmit(pair) => {
+                transmit::spawn(Arc::clone(&self.link), Arc::clone(&self.port), pair, setup)
+            }
+            Role::Receive(pair) if self.port.source(pair).is_some() => source::spawn(
+                Arc::clone(&self.inlet),
+                Arc::clone(&self.link),
+                Arc::clone(&self.port),
+                pair,
+                setup,
+            ),
+            Role::Receive(pair) => {
+                let first = QueueStop {
+                    ring: setup.ring.save(),
+                    retired: None,
+                };
+                self.inlet.open(pair, setup);
+                Ok(Box::new(Pushed {
+                    inlet: Arc::clone(&self.inlet),
+                    pair,
+                    first,
+                }))
+            }
+        }
+    }
+
+    fn reset(&self) {
+        self.link.reset(&*self.port);
+    }
+}
+
+/// A receive queue that others deliver to.
+struct Pushed {
+    inlet: Arc<Inlet>,
+    pair: u16,
+    first: QueueStop,
+}
+
+impl QueueWorker for Pushed {
+    fn stop(self: Box<Self>) -> QueueStop {
+        self.inlet.close(self.pair).unwrap_or(self.first)
+    }
+}
+
+/// Bytes of the header in front of each frame.
+fn header_len(features: u64) -> usize {
+    if features & feature::HASH_REPORT != 0 {
+        size_of::<Header>() + 8
+    } else if features & (ring::VERSION_1 | feature::MRG_RXBUF) != 0 {
+        size_of::<Header>()
+    } else {
+        LEGACY_HEADER_LEN
+    }
+}

@@ -1,0 +1,436 @@
+//! The way to the guest: frames into receive buffers.
+//!
+//! In come frames, pushed by whoever has them (another guest's queue, a loop) or read by a port
+//! right into the guest's buffers; out go used buffers and one signal for a batch. What does not
+//! fit is dropped and counted, and costs nobody else anything.
+
+use super::filter::Filter;
+use super::frame::Frame;
+use super::limits::{MAX_FRAME_LEN, MAX_MERGED, MIN_FRAME_LEN};
+use super::offload::{Offloads, Scratch, complete};
+use super::port::vectors::MOST as MOST_VECTORS;
+use super::stats::{Drop, Tally};
+use super::{Link, header_len};
+use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
+use crate::session::{Notifier, QueueSetup, QueueStop};
+use pv_abi::limits::MAX_CHAIN_LEN;
+use pv_abi::virtio::net::{Header, feature, gso, header_flag};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use zerocopy::IntoBytes;
+
+/// A guest's receive side. Any thread may deliver to it; without open queues, frames are dropped.
+#[derive(Debug)]
+pub struct Inlet {
+    queues: Box<[Mutex<Option<RxQueue>>]>,
+    link: Arc<Link>,
+}
+
+impl Inlet {
+    pub(super) fn new(link: Arc<Link>, pairs: u16) -> Inlet {
+        let queues = (0..pairs).map(|_| Mutex::new(None)).collect();
+        Inlet { queues, link }
+    }
+
+    /// Gives frames to the guest. Those that it has no room for, or does not want, are dropped.
+    pub fn deliver<'f>(&self, frames: &mut dyn Iterator<Item = &'f Frame<'f>>) {
+        let filter = self.link.filter();
+        if !self.link.is_up() {
+            let count = frames.count() as u64;
+            return self.link.stats.drop(Drop::LinkDown, count);
+        }
+        let active = self.link.active_pairs();
+        let mut held: Option<(u16, MutexGuard<'_, Option<RxQueue>>)> = None;
+        let mut tally = Tally::default();
+        for frame in frames {
+            if !filter.takes(frame) {
+                tally.drop(Drop::Filtered);
+                continue;
+            }
+            let index = if active > 1 {
+                self.link.steering.queue_for(frame, active)
+            } else {
+                0
+            };
+            if held.as_ref().is_none_or(|(now, _)| *now != index) {
+                if let Some((_, mut guard)) = held.take()
+                    && let Some(queue) = guard.as_mut()
+                {
+                    queue.publish();
+                }
+                held = self.lock(index).map(|guard| (index, guard));
+            }
+            match held.as_mut().and_then(|(_, guard)| guard.as_mut()) {
+                Some(queue) => queue.deliver(frame, &mut tally),
+                None => tally.drop(Drop::NoQueue),
+            }
+        }
+        if let Some((_, mut guard)) = held
+            && let Some(queue) = guard.as_mut()
+        {
+            queue.publish();
+        }
+        self.link.stats.received(&tally);
+    }
+
+    /// Counts a frame of this guest's that came to nothing.
+    pub(super) fn count_drop(&self, reason: Drop) {
+        self.link.stats.drop(reason, 1);
+    }
+
+    pub(super) fn lock(&self, index: u16) -> Option<MutexGuard<'_, Option<RxQueue>>> {
+        let queue = self.queues.get(usize::from(index))?;
+        Some(queue.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn open(&self, pair: u16, setup: QueueSetup) {
+        if let Some(mut slot) = self.lock(pair) {
+            *slot = Some(RxQueue::new(setup, Arc::clone(&self.link)));
+        }
+    }
+
+    /// Ends a queue; buffers that were taken and not used go back into the ring.
+    pub(super) fn close(&self, pair: u16) -> Option<QueueStop> {
+        let queue = self.lock(pair)?.take()?;
+        Some(queue.stop())
+    }
+}
+
+/// A receive buffer, taken from the ring.
+#[derive(Debug)]
+struct Buffer {
+    chain: OwnedChain,
+    room: usize,
+}
+
+/// One receive queue.
+#[derive(Debug)]
+pub(super) struct RxQueue {
+    ring: Ring,
+    memory: Arc<GuestMemoryMmap>,
+    call: Arc<Notifier>,
+    err: Arc<Notifier>,
+    link: Arc<Link>,
+    features: u64,
+    header_len: usize,
+    mergeable: bool,
+    /// Taken from the ring and not used yet, in order.
+    staged: VecDeque<Buffer>,
+    staged_room: usize,
+    done: Vec<Completion>,
+    scratch: Scratch,
+    retired: bool,
+}
+
+/// Why a frame did not get into buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NoRoom {
+    /// There are none now.
+    Empty,
+    /// They are too small for this frame.
+    Small,
+}
+
+impl RxQueue {
+    fn new(setup: QueueSetup, link: Arc<Link>) -> RxQueue {
+        RxQueue {
+            memory: Arc::clone(setup.ring.memory()),
+            ring: setup.ring,
+            call: setup.call,
+            err: setup.err,
+            link,
+            features: setup.features,
+            header_len: header_len(setup.features),
+            mergeable: setup.features & feature::MRG_RXBUF != 0,
+            staged: VecDeque::new(),
+            staged_room: 0,
+            done: Vec::new(),
+            scratch: Scratch::default(),
+            retired: false,
+        }
+    }
+
+    fn stop(mut self) -> QueueStop {
+        self.publish();
+        let staged = std::mem::take(&mut self.staged);
+        self.ring
+            .put_back(staged.into_iter().map(|buffer| buffer.chain));
+        QueueStop {
+            ring: self.ring.save(),
+            retired: self.ring.retired(),
+        }
+    }
+
+    /// What this guest takes now.
+    pub(super) fn offloads(&self) -> Offloads {
+        Offloads::of_guest(self.link.guest_offloads(self.features))
+    }
+
+    /// Puts a frame into buffers, made plain where the guest does not take it as it is.
+    pub(super) fn deliver(&mut self, frame: &Frame<'_>, tally: &mut Tally) {
+        if self.offloads().take(frame) {
+            return self.put(frame, tally);
+        }
+        let mut scratch = std::mem::take(&mut self.scratch);
+        if !complete(frame, &mut scratch, &mut |plain| self.put(plain, tally)) {
+            tally.drop(Drop::BadHeader);
+        }
+        self.scratch = scratch;
+    }
+
+    fn put(&mut self, frame: &Frame<'_>, tally: &mut Tally) {
+        match self.gather(self.header_len + frame.len()) {
+            Ok(count) => {
+                let mut source = Source::new(frame.pieces());
+                let mut header = frame.header;
+                header.num_buffers = count as u16;
+                self.fill(count, (frame.len(), 0), header, &mut source);
+                tally.frame(frame.len());
+            }
+            Err(NoRoom::Empty) => tally.drop(Drop::NoBuffer),
+            Err(NoRoom::Small) => tally.drop(Drop::TooSmall),
+        }
+    }
+
+    /// Makes sure that the first staged buffers have this much room together. How many it takes.
+    fn gather(&mut self, need: usize) -> Result<usize, NoRoom> {
+        while self.staged.front().is_some_and(|buffer| buffer.room == 0) {
+            if let Some(buffer) = self.staged.pop_front() {
+                self.done.push(used(&buffer.chain, 0));
+            }
+        }
+        let (mut room, mut count) = (0, 0);
+        loop {
+            if count == self.staged.len() && !self.stage() {
+                return Err(NoRoom::Empty);
+            }
+            let Some(buffer) = self.staged.get(count) else {
+                return Err(NoRoom::Empty);
+            };
+            room += buffer.room;
+            count += 1;
+            if room >= need {
+                return Ok(count);
+            }
+            if !self.mergeable || count == MAX_MERGED {
+                return Err(NoRoom::Small);
+            }
+        }
+    }
+
+    /// Takes one more buffer from the ring, if there is one.
+    fn stage(&mut self) -> bool {
+        loop {
+            let chain = match self.ring.pop() {
+                Ok(Some(chain)) => chain,
+                Ok(None) => return false,
+                Err(reason) => {
+                    if !std::mem::replace(&mut self.retired, true) {
+                        self.link.ring_retired(&reason);
+                        self.err.signal();
+                    }
+                    return false;
+                }
+            };
+            let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
+            if room < self.header_len || !chain.readable().is_empty() {
+                // Not a receive buffer: given back in its turn, with nothing in it.
+                self.link.stats.drop(Drop::BadBuffer, 1);
+                if self.staged.is_empty() {
+                    self.done.push(used(&chain, 0));
+                    continue;
+                }
+                self.staged.push_back(Buffer { chain, room: 0 });
+                return true;
+            }
+            self.staged_room += room;
+            self.staged.push_back(Buffer { chain, room });
+            return true;
+        }
+    }
+
+    /// Uses the first `count` buffers, which have the room, for a frame whose first `in_place`
+    /// bytes are there already; the others come from `source`.
+    fn fill(
+        &mut self,
+        count: usize,
+        (len, in_place): (usize, usize),
+        header: Header,
+        source: &mut Source<'_>,
+    ) {
+        let (mut left, mut in_place) = (len, in_place);
+        for index in 0..count {
+            let Some(buffer) = self.staged.pop_front() else {
+                break;
+            };
+            self.staged_room -= buffer.room;
+            let head = if index == 0 { self.header_len } else { 0 };
+            let take = left.min(buffer.room.saturating_sub(head));
+            let there = take.min(in_place);
+            in_place -= there;
+            if take > there {
+                let from = (head + there) as u64;
+                let _ =
+                    buffer
+                        .chain
+                        .writable_slices(&self.memory, from, (take - there) as u64, |to| {
+                            source.copy_into(&to)
+                        });
+            }
+            if index == 0 {
+                self.write_header(&buffer.chain, header);
+            }
+            left -= take;
+            self.done.push(used(&buffer.chain, head + take));
+        }
+    }
+
+    fn write_header(&self, chain: &OwnedChain, header: Header) {
+        let mut bytes = [0; 20];
+        for (to, from) in bytes.iter_mut().zip(header.as_bytes()) {
+            *to = *from;
+        }
+        let bytes = bytes.get(..self.header_len).unwrap_or_default();
+        let _ = chain.write_at(&self.memory, 0, bytes);
+    }
+
+    /// Publishes what was filled, and calls the driver if it wants that.
+    pub(super) fn publish(&mut self) {
+        if self.done.is_empty() {
+            return;
+        }
+        self.ring.complete(&self.done);
+        self.done.clear();
+        if self.ring.should_signal() {
+            self.link.stats.called();
+            self.call.signal();
+        }
+    }
+
+    // ---- for ports that read right into buffers
+
+    /// Room of at least `want` bytes for a frame, or as much as one frame can have here, as views
+    /// of the guest's memory. `false`: there is none at all.
+    pub(super) fn views<'s>(
+        &mut self,
+        want: usize,
+        memory: &'s GuestMemoryMmap,
+        views: &mut Vec<VolatileSlice<'s, ()>>,
+    ) -> bool {
+        let most = if self.mergeable { MAX_MERGED } else { 1 };
+        while self.staged.is_empty()
+            || (self.staged_room < want + self.header_len && self.staged.len() < most)
+        {
+            if !self.stage() {
+                break;
+            }
+        }
+        // What is no buffer ends the run.
+        let (mut room, mut head) = (0, self.header_len);
+        for buffer in self.staged.iter().take(most) {
+            // One more buffer must fit a call.
+            let full = views.len() + 2 * MAX_CHAIN_LEN > MOST_VECTORS;
+            if room >= want || buffer.room == 0 || full {
+                break;
+            }
+            let len = buffer.room - head.min(buffer.room);
+            let _ = buffer
+                .chain
+                .writable_slices(memory, head as u64, len as u64, |view| {
+                    views.push(view);
+                });
+            room += len;
+            head = 0;
+        }
+        !self.staged.is_empty()
+    }
+
+    /// A frame of `len` bytes is in the buffers of [`views`](RxQueue::views), whose room was
+    /// `room`; what did not fit there is in `rest`.
+    pub(super) fn commit(
+        &mut self,
+        header: Header,
+        (len, room): (usize, usize),
+        rest: &mut [u8],
+        tally: &mut Tally,
+    ) {
+        if !(MIN_FRAME_LEN..=MAX_FRAME_LEN).contains(&len) {
+            return tally.drop(Drop::Length);
+        }
+        match self.gather(self.header_len + len) {
+            Ok(count) => {
+                let more = len.saturating_sub(room);
+                let pieces = [VolatileSlice::from(
+                    rest.get_mut(..more).unwrap_or_default(),
+                )];
+                let mut source = Source::new(&pieces);
+                let header = Header {
+                    num_buffers: count as u16,
+                    ..header
+                };
+                self.fill(count, (len, room), header, &mut source);
+                tally.frame(len);
+            }
+            Err(NoRoom::Empty) => tally.drop(Drop::NoBuffer),
+            Err(NoRoom::Small) => tally.drop(Drop::TooSmall),
+        }
+    }
+
+    /// Asks for a kick at the next buffer. `true`: there is one already.
+    pub(super) fn arm(&mut self) -> bool {
+        self.ring.arm()
+    }
+
+    /// Whether frames are wanted whose header says this.
+    pub(super) fn filter(&self) -> Arc<Filter> {
+        self.link.filter()
+    }
+}
+
+fn used(chain: &OwnedChain, written: usize) -> Completion {
+    Completion {
+        head: chain.head(),
+        // A chain has at most u32::MAX bytes.
+        written: u32::try_from(written).unwrap_or(u32::MAX),
+    }
+}
+
+/// Whether a header asks for anything.
+pub(super) fn is_plain(header: &Header) -> bool {
+    header.gso_type == gso::NONE && header.flags & header_flag::NEEDS_CSUM == 0
+}
+
+/// Bytes of a frame, taken from its front.
+#[derive(Debug)]
+pub(super) struct Source<'s> {
+    pieces: &'s [VolatileSlice<'s, ()>],
+    offset: usize,
+}
+
+impl<'s> Source<'s> {
+    pub(super) fn new(pieces: &'s [VolatileSlice<'s, ()>]) -> Source<'s> {
+        Source { pieces, offset: 0 }
+    }
+
+    /// Fills `to`, or as much of it as there are bytes for.
+    fn copy_into(&mut self, to: &VolatileSlice<'_, ()>) {
+        let mut at = 0;
+        while at < to.len() {
+            let Some(piece) = self.pieces.first() else {
+                return;
+            };
+            let take = (piece.len() - self.offset).min(to.len() - at);
+            // Both ranges are inside their slices.
+            if let (Ok(from), Ok(to)) = (piece.subslice(self.offset, take), to.offset(at)) {
+                from.copy_to_volatile_slice(to);
+            }
+            at += take;
+            self.offset += take;
+            if self.offset == piece.len() {
+                self.pieces = self.pieces.get(1..).unwrap_or_default();
+                self.offset = 0;
+            }
+        }
+    }
+}

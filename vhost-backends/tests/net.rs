@@ -1,0 +1,485 @@
+//! The network device from a raw frontend, split and packed: what it carries, and what it refuses.
+
+mod support {
+    pub(crate) mod net;
+    pub(crate) mod raw;
+}
+
+use std::sync::Arc;
+use support::net::{
+    Buffer, CSUM, CTRL, EVENT_IDX, GUEST_CSUM, GUEST_LARGE, HOST_LARGE, MRG, NetFront, VERSION_1,
+};
+use support::raw::{self, PACKED};
+use vhost_backends::net::port::{Loopback, Port, Switch};
+use vhost_backends::net::{Drop, Mac, NetDevice, NetOptions};
+
+const MAC: Mac = Mac([0x52, 0x54, 0, 0, 0, 1]);
+const PLAIN: [u8; 12] = [0; 12];
+const BASE: u64 = VERSION_1 | EVENT_IDX;
+const FORMATS: [u64; 2] = [0, PACKED];
+
+fn device(port: impl Port + 'static) -> Arc<NetDevice> {
+    Arc::new(NetDevice::new(Arc::new(port), NetOptions::with_mac(MAC)))
+}
+
+/// An Ethernet frame of so many bytes.
+fn frame(to: Mac, from: Mac, len: usize) -> Vec<u8> {
+    let mut bytes = [to.0, from.0].concat();
+    bytes.extend([0x88, 0xb5]);
+    bytes.extend((bytes.len()..len).map(|i| (i * 7 + len) as u8));
+    bytes.truncate(len);
+    bytes
+}
+
+#[test]
+fn frames_of_every_length_come_back_or_are_dropped() {
+    for format in FORMATS {
+        let device = device(Loopback::default());
+        let mut front = NetFront::start(device.clone(), BASE | MRG | format, 2);
+        let mut dropped = 0;
+        let lengths = (0..200)
+            .chain((200..65_550).step_by(997))
+            .chain(65_540..65_560);
+        for len in lengths {
+            while front.in_flight(0) < 30 {
+                assert!(front.offer_receive(0, 2048 + 12));
+            }
+            let sent = frame(MAC, MAC, len);
+            // Every third one with a header split from its frame.
+            let before = device.stats().snapshot();
+            front.send(1, &PLAIN, &sent);
+            let after = device.stats().snapshot();
+            if (14..=65_553).contains(&len) && len <= 30 * 2048 {
+                let (head, got) = front.receive(0);
+                assert!(got == sent, "{len} bytes");
+                assert_eq!(head[..10], [0; 10]);
+            } else {
+                dropped += 1;
+                let all = |s: &vhost_backends::net::NetSnapshot| s.drops.values().sum::<u64>();
+                assert_eq!(all(&after), all(&before) + 1, "{len} bytes");
+            }
+        }
+        assert!(dropped > 14);
+        let stats = device.stats().snapshot();
+        assert_eq!(
+            stats.dropped(Drop::Length) + stats.dropped(Drop::NoBuffer),
+            dropped
+        );
+    }
+}
+
+/// Flags, kind, header length, segment size, where the checksum starts and goes.
+fn header(flags: u8, kind: u8, size: u16, start: u16, offset: u16) -> [u8; 12] {
+    let mut bytes = [flags, kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    bytes[2..4].copy_from_slice(&54u16.to_le_bytes());
+    bytes[4..6].copy_from_slice(&size.to_le_bytes());
+    bytes[6..8].copy_from_slice(&start.to_le_bytes());
+    bytes[8..10].copy_from_slice(&offset.to_le_bytes());
+    bytes
+}
+
+#[test]
+fn wrong_headers_are_dropped_and_counted() {
+    for format in FORMATS {
+        let device = device(Loopback::default());
+        let features = BASE | MRG | CSUM | GUEST_CSUM | HOST_LARGE | GUEST_LARGE | format;
+        let mut front = NetFront::start(device.clone(), features, 2);
+        assert!(front.offer_receive(0, 4096));
+        let sent = frame(MAC, MAC, 1000);
+        let bad = [
+            header(1, 0, 0, 999, 0),
+            header(1, 0, 0, 34, 65_535),
+            header(1, 0, 0, 65_535, 65_535),
+            header(1, 0, 0, 0, 6),
+            // Large frames: no checksum, no size, an unknown kind, ECN that was not negotiated,
+            // no room for a transport header.
+            header(0, 1, 1000, 34, 16),
+            header(1, 1, 0, 34, 16),
+            header(1, 3, 1000, 34, 16),
+            header(1, 77, 1000, 34, 16),
+            header(1, 0x81, 1000, 34, 16),
+            header(1, 1, 1000, 985, 6),
+        ];
+        for head in bad {
+            front.send(1, &head, &sent);
+        }
+        let stats = device.stats().snapshot();
+        assert_eq!(stats.dropped(Drop::BadHeader), bad.len() as u64);
+        assert_eq!((stats.sent_frames, stats.received_frames), (0, 0));
+        // Ones that are well go through, with whatever number of buffers they claim.
+        let mut good = header(1, 0, 0, 34, 16);
+        good[10..].copy_from_slice(&[0xff, 0xff]);
+        front.send(1, &good, &sent);
+        let (head, got) = front.receive(0);
+        assert_eq!((head[0], &head[6..]), (1, &[34, 0, 16, 0, 1, 0][..]));
+        assert!(got == sent);
+    }
+}
+
+#[test]
+fn offloads_that_were_not_negotiated_are_refused() {
+    let device = device(Loopback::default());
+    let mut front = NetFront::start(device.clone(), BASE, 2);
+    assert!(front.offer_receive(0, 4096));
+    front.send(1, &header(1, 0, 0, 34, 16), &frame(MAC, MAC, 100));
+    front.send(1, &header(1, 1, 40, 34, 16), &frame(MAC, MAC, 100));
+    assert_eq!(device.stats().snapshot().dropped(Drop::BadHeader), 2);
+    front.send(1, &PLAIN, &frame(MAC, MAC, 100));
+    assert_eq!(front.receive(0).1, frame(MAC, MAC, 100));
+}
+
+#[test]
+fn receive_buffers_that_are_too_small() {
+    for format in FORMATS {
+        // Without mergeable buffers, a frame that does not fit is dropped, and the next one gets
+        // the buffer.
+        let device = device(Loopback::default());
+        let mut front = NetFront::start(device.clone(), BASE | format, 2);
+        assert!(front.offer_receive(0, 12 + 100));
+        front.send(1, &PLAIN, &frame(MAC, MAC, 101));
+        assert_eq!(device.stats().snapshot().dropped(Drop::TooSmall), 1);
+        front.send(1, &PLAIN, &frame(MAC, MAC, 100));
+        assert_eq!(front.receive(0).1, frame(MAC, MAC, 100));
+        // None at all.
+        front.send(1, &PLAIN, &frame(MAC, MAC, 100));
+        assert_eq!(device.stats().snapshot().dropped(Drop::NoBuffer), 1);
+        // Shorter than a header, or not writable: given back, empty.
+        assert!(front.offer_receive(0, 11));
+        let at = front.place(200);
+        let readable = Buffer {
+            at,
+            len: 200,
+            writable: false,
+        };
+        front.offer(0, &[readable]).unwrap();
+        assert!(front.offer_receive(0, 200));
+        front.send(1, &PLAIN, &frame(MAC, MAC, 60));
+        assert_eq!(front.wait_used(0).1, 0);
+        assert_eq!(front.wait_used(0).1, 0);
+        assert_eq!(front.receive(0).1, frame(MAC, MAC, 60));
+        assert_eq!(device.stats().snapshot().dropped(Drop::BadBuffer), 2);
+    }
+    for format in FORMATS {
+        // With them, one frame may take many, and no more than a bound of them.
+        let device = device(Loopback::default());
+        let mut front = NetFront::start(device.clone(), BASE | MRG | format, 2);
+        for _ in 0..20 {
+            assert!(front.offer_receive(0, 12));
+        }
+        front.send(1, &PLAIN, &frame(MAC, MAC, 19 * 12));
+        let (head, got) = front.receive(0);
+        assert_eq!(head[10], 20, "the first has the header alone");
+        assert_eq!(got, frame(MAC, MAC, 19 * 12));
+    }
+}
+
+#[test]
+fn headers_and_frames_split_anywhere() {
+    for format in FORMATS {
+        let device = device(Loopback::default());
+        let mut front = NetFront::start(device.clone(), BASE | format, 2);
+        let sent = frame(MAC, MAC, 64);
+        for cut in 1..70 {
+            // Both the sent chain and the receive chain are cut there, and again further on.
+            let bytes = [&PLAIN[..], &sent].concat();
+            let at = front.place(bytes.len());
+            front.fill(at, &bytes);
+            let second = (bytes.len() - cut).min(9);
+            let piece = |from: usize, to: usize, writable| Buffer {
+                at: at + from as u64,
+                len: (to - from) as u32,
+                writable,
+            };
+            let cuts = [(0, cut), (cut, cut + second), (cut + second, bytes.len())];
+            let out = cuts.map(|(from, to)| piece(from, to, false));
+            let into = front.place(bytes.len());
+            let receive = cuts.map(|(from, to)| Buffer {
+                at: into + from as u64,
+                ..piece(from, to, true)
+            });
+            let some = |chain: [Buffer; 3]| chain.into_iter().filter(|b| b.len > 0).collect();
+            let (out, receive): (Vec<_>, Vec<_>) = (some(out), some(receive));
+            front.offer(0, &receive).unwrap();
+            front.offer(1, &out).unwrap();
+            front.kick(1);
+            front.wait_used(1);
+            assert_eq!(front.receive(0).1, sent, "cut at {cut}");
+        }
+    }
+}
+
+#[test]
+fn control_commands() {
+    for format in FORMATS {
+        let device = device(Loopback::default());
+        let mut front = NetFront::start(device.clone(), BASE | CTRL | format, 3);
+        let other = Mac([0x52, 0x54, 0, 0, 0, 2]);
+        let group = Mac([0x33, 0x33, 0, 0, 0, 1]);
+        let wants = |front: &mut NetFront, bytes: &[u8]| {
+            assert!(front.offer_receive(0, 2048));
+            let before = device.stats().snapshot().received_frames;
+            front.send(1, &PLAIN, bytes);
+            let came = device.stats().snapshot().received_frames > before;
+            if came {
+                assert_eq!(front.receive(0).1, bytes);
+            }
+            came
+        };
+        let to = |mac| frame(mac, MAC, 60);
+        assert!(wants(&mut front, &to(other)), "promiscuous at first");
+        let ok = |front: &mut NetFront, parts: &[&[u8]]| front.command(2, parts) == 0;
+        assert!(ok(&mut front, &[&[0, 0], &[0]]), "promiscuous mode off");
+        assert!(!wants(&mut front, &to(other)) && wants(&mut front, &to(MAC)));
+        assert!(!wants(&mut front, &to(group)) && wants(&mut front, &to(Mac([0xff; 6]))));
+        // In one piece, and cut in odd places.
+        let table = [
+            &1u32.to_le_bytes()[..],
+            &other.0,
+            &1u32.to_le_bytes(),
+            &group.0,
+        ]
+        .concat();
+        assert!(ok(&mut front, &[&[1, 0], &table]));
+        assert!(wants(&mut front, &to(other)) && wants(&mut front, &to(group)));
+        assert!(ok(&mut front, &[&[1], &[0, 0, 0], &[0; 6]]), "both empty");
+        assert!(!wants(&mut front, &to(other)) && !wants(&mut front, &to(group)));
+        assert!(ok(&mut front, &[&[0, 1], &[1]]), "all multicast");
+        assert!(wants(&mut front, &to(group)));
+        assert!(ok(&mut front, &[&[0, 5], &[1]]), "no broadcast");
+        assert!(!wants(&mut front, &to(Mac([0xff; 6]))));
+        assert!(ok(&mut front, &[&[1, 1], &other.0]), "a new address");
+        assert!(wants(&mut front, &to(other)) && !wants(&mut front, &to(MAC)));
+        // VLANs.
+        let mut tagged = to(other);
+        tagged[12..16].copy_from_slice(&[0x81, 0, 0xe0, 5]);
+        assert!(!wants(&mut front, &tagged));
+        assert!(ok(&mut front, &[&[2, 0], &5u16.to_le_bytes()]));
+        assert!(wants(&mut front, &tagged));
+        assert!(ok(&mut front, &[&[2, 1], &5u16.to_le_bytes()]));
+        assert!(!wants(&mut front, &tagged));
+        // A table that is too long lets all of its kind through.
+        let many = [&65u32.to_le_bytes()[..], &MAC.0.repeat(65), &[0; 4]].concat();
+        assert!(ok(&mut front, &[&[1, 0], &many]));
+        assert!(wants(&mut front, &to(Mac([2, 2, 2, 2, 2, 2]))));
+
+        let refused: [&[&[u8]]; 20] = [
+            &[&[0]],
+            &[&[0, 0]],
+            &[&[0, 0], &[2]],
+            &[&[0, 0], &[0, 0]],
+            &[&[0, 6], &[0]],
+            &[&[1, 0], &[0, 0, 0]],
+            &[&[1, 0], &[1, 0, 0, 0, 1, 2, 3, 4, 5]],
+            &[&[1, 0], &[0xff, 0xff, 0xff, 0xff, 1, 2, 3, 4, 5, 6]],
+            &[&[1, 0], &[0; 8], &[0]],
+            &[&[1, 1], &[2, 0, 0, 0, 0]],
+            &[&[1, 1], &[1, 0, 0, 0, 0, 0]],
+            &[&[2, 0], &[0]],
+            &[&[2, 0], &4096u16.to_le_bytes()],
+            &[&[2, 2], &5u16.to_le_bytes()],
+            &[&[3, 1]],
+            // More pairs than negotiated, and offloads that were not.
+            &[&[4, 0], &1u16.to_le_bytes()],
+            &[&[5, 0], &0xffu64.to_le_bytes()],
+            &[&[99, 0], &[0]],
+            &[&[255, 255], &[0; 64]],
+            &[&[1, 0], &[0; 2500], &[0; 2500]],
+        ];
+        let before = device.stats().snapshot();
+        for parts in refused {
+            assert_eq!(front.command(2, parts), 1, "{parts:?}");
+        }
+        let after = device.stats().snapshot();
+        assert_eq!(
+            after.refused_commands - before.refused_commands,
+            refused.len() as u64
+        );
+        // Nowhere to answer: given back all the same.
+        let at = front.place(2);
+        front.fill(at, &[0, 0]);
+        front
+            .offer(
+                2,
+                &[Buffer {
+                    at,
+                    len: 2,
+                    writable: false,
+                }],
+            )
+            .unwrap();
+        front.kick(2);
+        assert_eq!(front.wait_used(2).1, 0);
+        assert!(ok(&mut front, &[&[0, 0], &[1]]), "it still serves");
+        assert!(wants(&mut front, &to(MAC)));
+    }
+}
+
+/// Guests on one switch, each with one pair of queues.
+fn switched(count: u8, features: u64) -> (Vec<Arc<NetDevice>>, Vec<NetFront>) {
+    let switch = Arc::new(Switch::default());
+    let devices: Vec<_> = (1..=count)
+        .map(|index| {
+            let port = Arc::new(switch.port().unwrap());
+            let options = NetOptions::with_mac(Mac([0x52, 0x54, 0, 0, 0, index]));
+            Arc::new(NetDevice::new(port, options))
+        })
+        .collect();
+    let fronts = devices
+        .iter()
+        .map(|device| NetFront::start(device.clone(), features, 2))
+        .collect();
+    (devices, fronts)
+}
+
+fn mac(index: u8) -> Mac {
+    Mac([0x52, 0x54, 0, 0, 0, index])
+}
+
+#[test]
+fn a_switch_learns_and_floods() {
+    for format in FORMATS {
+        let (_devices, mut fronts) = switched(3, BASE | MRG | format);
+        let offer = |fronts: &mut Vec<NetFront>| {
+            for front in fronts {
+                while front.in_flight(0) < 8 {
+                    assert!(front.offer_receive(0, 2048));
+                }
+            }
+        };
+        offer(&mut fronts);
+        // Known by configuration: to one, and to nobody else.
+        let direct = frame(mac(2), mac(1), 100);
+        fronts[0].send(1, &PLAIN, &direct);
+        assert_eq!(fronts[1].receive(0).1, direct);
+        assert!(fronts[2].try_receive(0).is_none());
+        // To all, but not back.
+        let all = frame(Mac([0xff; 6]), mac(1), 60);
+        fronts[0].send(1, &PLAIN, &all);
+        assert_eq!(fronts[1].receive(0).1, all);
+        assert_eq!(fronts[2].receive(0).1, all);
+        assert!(fronts[0].try_receive(0).is_none());
+        // A station that nobody knows is flooded until it is heard of.
+        let station = Mac([2, 9, 9, 9, 9, 9]);
+        let unknown = frame(station, mac(1), 61);
+        fronts[0].send(1, &PLAIN, &unknown);
+        assert_eq!(fronts[1].receive(0).1, unknown);
+        assert_eq!(fronts[2].receive(0).1, unknown);
+        let hello = frame(mac(1), station, 62);
+        fronts[2].send(1, &PLAIN, &hello);
+        assert_eq!(fronts[0].receive(0).1, hello);
+        fronts[0].send(1, &PLAIN, &unknown);
+        assert_eq!(fronts[2].receive(0).1, unknown);
+        assert!(fronts[1].try_receive(0).is_none());
+    }
+}
+
+#[test]
+fn nobody_takes_another_ports_address() {
+    let (devices, mut fronts) = switched(3, BASE);
+    for front in &mut fronts {
+        assert!(front.offer_receive(0, 2048));
+    }
+    fronts[0].send(1, &PLAIN, &frame(mac(3), mac(2), 60));
+    assert_eq!(devices[0].stats().snapshot().dropped(Drop::Spoofed), 1);
+    let real = frame(mac(2), mac(3), 60);
+    fronts[2].send(1, &PLAIN, &real);
+    assert_eq!(fronts[1].receive(0).1, real);
+    assert!(fronts[2].try_receive(0).is_none());
+}
+
+#[test]
+fn a_port_that_floods_leaves_the_others_their_share() {
+    let (devices, mut fronts) = switched(3, BASE | MRG);
+    let flooder = fronts.remove(0);
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopped = stop.clone();
+    let flood = std::thread::spawn(move || {
+        let mut flooder = flooder;
+        let mut sent = 0u32;
+        while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+            // Every source and destination is a new one.
+            let [a, b, c, d] = sent.to_le_bytes();
+            let bytes = frame(Mac([2, 1, a, b, c, d]), Mac([2, 0, a, b, c, d]), 60);
+            flooder.send(1, &PLAIN, &bytes);
+            sent += 1;
+        }
+        sent
+    });
+    let [second, third] = &mut fronts[..] else {
+        panic!()
+    };
+    for round in 0..500usize {
+        for front in [&mut *second, &mut *third] {
+            while front.in_flight(0) < 30 {
+                assert!(front.offer_receive(0, 2048));
+            }
+        }
+        let bytes = frame(mac(3), mac(2), 100 + round);
+        second.send(1, &PLAIN, &bytes);
+        loop {
+            let got = third.receive(0).1;
+            if got == bytes {
+                break;
+            }
+            assert_eq!(got.len(), 60, "a flooded one");
+            assert!(third.offer_receive(0, 2048));
+        }
+        while second.try_receive(0).is_some() {}
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let sent = flood.join().unwrap();
+    let stats = devices[0].stats().snapshot();
+    println!(
+        "flooded {sent} frames, of which {} were dropped",
+        stats.dropped(Drop::Flood)
+    );
+    assert_eq!(stats.sent_frames, u64::from(sent));
+}
+
+#[test]
+fn the_link_goes_down_and_up() {
+    let device = device(Loopback::default());
+    let mut front = NetFront::start(device.clone(), BASE, 2);
+    assert!(front.offer_receive(0, 2048));
+    let status = |front: &mut NetFront| {
+        let ask = [6u32.to_le_bytes(), 2u32.to_le_bytes(), [0; 4]].concat();
+        let reply = front.client.query(24, &[&ask[..], &[0; 2]].concat());
+        u16::from_le_bytes([reply[12], reply[13]])
+    };
+    assert_eq!(status(&mut front), 1);
+    device.set_link(false).unwrap();
+    assert_eq!(status(&mut front), 0);
+    front.send(1, &PLAIN, &frame(MAC, MAC, 60));
+    assert_eq!(device.stats().snapshot().dropped(Drop::LinkDown), 1);
+    device.set_link(true).unwrap();
+    device.announce().unwrap();
+    assert_eq!(status(&mut front), 3);
+    front.send(1, &PLAIN, &frame(MAC, MAC, 60));
+    assert_eq!(front.receive(0).1, frame(MAC, MAC, 60));
+}
+
+#[test]
+fn qemus_order_of_messages() {
+    let device = device(Loopback::default());
+    let mut client = raw::Client::connect(device);
+    // Queues are enabled before anything was negotiated, eight times.
+    for round in 0..8u32 {
+        client.send(18, 1, &raw::pair(round % 3, 1), &[]);
+    }
+    assert_ne!(client.query_u64(1), 0);
+    let config = 1 << 9;
+    let protocol = client.query_u64(15);
+    assert_eq!(protocol & config, 0, "QEMU asks before SET_OWNER");
+    client.send(16, 1, &protocol.to_ne_bytes(), &[]);
+    client.send(3, 1, &[], &[]);
+    assert_ne!(client.query_u64(15) & config, 0, "others ask after it");
+    assert!(client.set(20, &1500u64.to_ne_bytes(), &[]), "an MTU");
+    assert!(!client.set(20, &0u64.to_ne_bytes(), &[]), "none");
+    assert!(
+        client.set(19, &[0x52, 0x54, 0, 0, 0, 1, 0, 0], &[]),
+        "announce"
+    );
+    assert!(!client.set(19, &[0; 6], &[]), "too short");
+    assert!(client.set(39, &1u64.to_ne_bytes(), &[]), "a status");
+    assert_eq!(client.query_u64(40), 1);
+}

@@ -1,0 +1,468 @@
+//! The program `pv-netd`: ports, sandbox, control socket, and its end.
+#![allow(unsafe_code)]
+// UNSAFETY: signals are sent to the child.
+
+mod support {
+    pub(crate) mod net;
+    pub(crate) mod raw;
+}
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use support::net::{MRG, NetFront, TIMEOUT, VERSION_1};
+use support::raw::Client;
+
+const PLAIN: [u8; 12] = [0; 12];
+
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-netd"));
+    command.stdin(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+struct Daemon(Child);
+
+impl Daemon {
+    fn start(args: &[String]) -> Daemon {
+        Daemon(program().args(args).spawn().unwrap())
+    }
+
+    /// The exit code and what it said, after SIGTERM.
+    fn end(mut self) -> (Option<i32>, String) {
+        let pid = libc::pid_t::try_from(self.0.id()).unwrap();
+        // SAFETY: kill takes no pointer; the child has not been waited for.
+        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+        let deadline = Instant::now() + TIMEOUT;
+        let status = loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the daemon did not end");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let mut said = String::new();
+        let mut stderr = self.0.stderr.take().unwrap();
+        stderr.read_to_string(&mut said).unwrap();
+        (status.code(), said)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn connect(path: &Path) -> UnixStream {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        if let Ok(stream) = UnixStream::connect(path) {
+            stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+            stream.set_write_timeout(Some(TIMEOUT)).unwrap();
+            return stream;
+        }
+        assert!(Instant::now() < deadline, "nobody listens");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn front(socket: &Path) -> NetFront {
+    let client = Client::over(connect(socket));
+    NetFront::on(client, VERSION_1 | MRG, 2)
+}
+
+fn http(path: &Path, method: &str, target: &str, body: &str) -> (String, String) {
+    let mut stream = connect(path);
+    let length = body.len();
+    let request = format!("{method} {target} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.lines().next().unwrap().to_owned(), body.to_owned())
+}
+
+fn frame(to: u8, from: u8, len: usize) -> Vec<u8> {
+    let mut bytes = vec![
+        0x52, 0x54, 0, 0, 0, to, 0x52, 0x54, 0, 0, 0, from, 0x88, 0xb5,
+    ];
+    bytes.extend((bytes.len()..len).map(|i| i as u8));
+    bytes
+}
+
+fn port(socket: &Path, index: u8, more: &str) -> [String; 2] {
+    let socket = socket.display();
+    let keys = format!("socket={socket},mac=52:54:00:00:00:{index:02x},{more}");
+    ["--port".into(), keys]
+}
+
+#[test]
+fn ports_of_one_switch_with_control_and_statistics() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let mut args = Vec::new();
+    args.extend(port(&path("a"), 1, "switch=lan,id=a"));
+    args.extend(port(&path("b"), 2, "switch=lan,id=b"));
+    args.extend(port(&path("c"), 3, "switch=other,id=c"));
+    for (flag, name) in [("--control-socket", "ctl"), ("--stats-socket", "stats")] {
+        args.extend([flag.into(), path(name).display().to_string()]);
+    }
+    let daemon = Daemon::start(&args);
+    let mut fronts = ["a", "b", "c"].map(|name| front(&path(name)));
+    for front in &mut fronts {
+        for _ in 0..8 {
+            assert!(front.offer_receive(0, 2048));
+        }
+    }
+    let sent = frame(2, 1, 900);
+    fronts[0].send(1, &PLAIN, &sent);
+    assert_eq!(fronts[1].receive(0).1, sent);
+    let mut all = frame(2, 1, 70);
+    all[..6].fill(0xff);
+    fronts[0].send(1, &PLAIN, &all);
+    assert_eq!(fronts[1].receive(0).1, all);
+    assert!(fronts[2].try_receive(0).is_none(), "another switch");
+
+    let put = |target: &str, body: &str| http(&path("ctl"), "PUT", target, body).0;
+    assert_eq!(put("/ports/b/link", "down"), "HTTP/1.0 200 OK");
+    fronts[0].send(1, &PLAIN, &sent);
+    assert!(fronts[1].try_receive(0).is_none());
+    assert_eq!(put("/ports/b/link", "up"), "HTTP/1.0 200 OK");
+    assert_eq!(put("/ports/b/announce", ""), "HTTP/1.0 200 OK");
+    assert_eq!(put("/ports/b/link", "sideways"), "HTTP/1.0 400 Bad Request");
+    assert_eq!(put("/ports/x/link", "up"), "HTTP/1.0 404 Not Found");
+    assert_eq!(
+        put("/ports/a/limits", "{\"iops\": 1}"),
+        "HTTP/1.0 400 Bad Request"
+    );
+    assert_eq!(
+        put("/ports/a/limits", "{\"packets\": 20}"),
+        "HTTP/1.0 200 OK"
+    );
+    let start = Instant::now();
+    for _ in 0..10 {
+        fronts[0].send(1, &PLAIN, &sent);
+    }
+    assert!(
+        start.elapsed() > Duration::from_millis(250),
+        "{:?}",
+        start.elapsed()
+    );
+
+    let (_, body) = http(&path("stats"), "GET", "/stats", "");
+    let stats: serde_json::Value = serde_json::from_str(&body).unwrap();
+    let a = &stats["ports"][0];
+    assert_eq!(
+        (&a["port"], &a["mac"]),
+        (&"a".into(), &"52:54:00:00:00:01".into())
+    );
+    assert_eq!(a["sent_frames"], 13);
+    assert_eq!(a["limits"]["packets"], 20);
+    assert_eq!(stats["ports"][1]["drops"]["link_down"], 1);
+    let (_, text) = http(&path("stats"), "GET", "/metrics", "");
+    assert!(
+        text.contains("pv_net_sent_frames_total{port=\"a\"} 13\n"),
+        "{text}"
+    );
+    assert!(
+        text.contains("pv_net_drops_total{port=\"b\",reason=\"link_down\"} 1\n"),
+        "{text}"
+    );
+    drop(fronts);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+    for name in ["a", "b", "c", "ctl", "stats"] {
+        assert!(!path(name).exists(), "{name}");
+    }
+}
+
+/// One frame, as a stream socket carries it.
+fn stream_frame(stream: &mut UnixStream) -> Vec<u8> {
+    let mut length = [0; 4];
+    stream.read_exact(&mut length).unwrap();
+    let mut bytes = vec![0; u32::from_be_bytes(length) as usize];
+    stream.read_exact(&mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_streams_peer_goes_and_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let listener = UnixListener::bind(path("peer")).unwrap();
+    let args = port(&path("a"), 1, &format!("stream={}", path("peer").display()));
+    let daemon = Daemon::start(&args);
+    let mut front = front(&path("a"));
+    for round in 0..3usize {
+        // The daemon comes by itself, from inside its sandbox.
+        listener.set_nonblocking(true).unwrap();
+        let deadline = Instant::now() + TIMEOUT;
+        let mut peer = loop {
+            match listener.accept() {
+                Ok((stream, _)) => break stream,
+                Err(_) => assert!(Instant::now() < deadline, "it does not connect"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        peer.set_nonblocking(false).unwrap();
+        peer.set_read_timeout(Some(TIMEOUT)).unwrap();
+        for len in [14, 60, 1514, 40_000, 65_553] {
+            while front.in_flight(0) < 31 {
+                assert!(front.offer_receive(0, 4096));
+            }
+            let bytes = frame(9, 1, len + round % 2);
+            let bytes = &bytes[..len];
+            // In two parts, so that the daemon sees half a frame first.
+            let whole = [&(len as u32).to_be_bytes()[..], bytes].concat();
+            let (first, second) = whole.split_at(whole.len() / 3);
+            peer.write_all(first).unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+            peer.write_all(second).unwrap();
+            assert!(front.receive(0).1 == bytes, "{len} bytes to the guest");
+            let reader = std::thread::spawn(move || {
+                let got = stream_frame(&mut peer);
+                (peer, got)
+            });
+            front.send(1, &PLAIN, bytes);
+            let (again, got) = reader.join().unwrap();
+            assert!(got == bytes, "{len} bytes from the guest");
+            peer = again;
+        }
+        if round == 1 {
+            // What no frame can be: the connection is given up.
+            peer.write_all(&[0xff; 4]).unwrap();
+            assert_eq!(peer.read(&mut [0]).unwrap(), 0);
+        }
+    }
+    drop(front);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+}
+
+#[test]
+fn a_stream_that_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let args = port(
+        &path("a"),
+        1,
+        &format!("stream-listen={}", path("peer").display()),
+    );
+    let daemon = Daemon::start(&args);
+    let mut front = front(&path("a"));
+    for round in 0..3usize {
+        assert!(front.offer_receive(0, 4096));
+        let mut peer = connect(&path("peer"));
+        let bytes = frame(1, 9, 100 + round);
+        let length = (bytes.len() as u32).to_be_bytes();
+        peer.write_all(&[&length[..], &bytes].concat()).unwrap();
+        assert_eq!(front.receive(0).1, bytes);
+        front.send(1, &PLAIN, &bytes);
+        assert_eq!(stream_frame(&mut peer), bytes);
+    }
+    drop(front);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+    assert!(!path("peer").exists());
+}
+
+#[test]
+fn what_it_says_about_itself() {
+    let output = program().arg("--print-capabilities").output().unwrap();
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(said["type"], "net");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("share/50-pv-netd.json");
+    let text = std::fs::read_to_string(file).unwrap();
+    let descriptor: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(descriptor["type"], said["type"]);
+
+    let manual = Path::new(env!("CARGO_MANIFEST_DIR")).join("man/pv-netd.1");
+    let manual = std::fs::read_to_string(manual).unwrap().replace("\\-", "-");
+    let help = String::from_utf8(program().arg("--help").output().unwrap().stdout).unwrap();
+    let words = |text: &str| -> std::collections::BTreeSet<String> {
+        text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
+            .filter(|w| w.starts_with("--") && w.len() > 2)
+            .map(str::to_owned)
+            .collect()
+    };
+    let (said, written) = (words(&help), words(&manual));
+    let missing: Vec<_> = said.difference(&written).collect();
+    assert!(missing.is_empty(), "not in the manual: {missing:?}");
+}
+
+#[test]
+fn bad_ports_get_a_sentence() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    for (more, why) in [
+        (
+            "tap=a-name-that-is-too-long",
+            "cannot open the tap interface",
+        ),
+        ("tap-fd=200", "is not an inherited descriptor"),
+        ("interface=none-such", "cannot open the interface"),
+        ("queue-pairs=2", "where frames go"),
+    ] {
+        let output = program().args(port(&socket, 1, more)).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{more}: {said}");
+        assert!(said.contains(why), "{more}: {said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(!socket.exists(), "{more}");
+    }
+}
+
+/// Runs `ip` with these words, in a network namespace of its own with everything else here.
+fn ip(words: &str) {
+    let status = Command::new("ip").args(words.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {words}");
+}
+
+/// Goes on in a network namespace of this thread's own; `false`: that is not allowed here.
+fn own_network() -> bool {
+    // SAFETY: unshare takes no pointer.
+    let left = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
+    let tools = Command::new("ip")
+        .arg("link")
+        .output()
+        .is_ok_and(|o| o.status.success());
+    if !left || !tools {
+        println!("SKIPPED: network namespaces take root, and `ip` is needed");
+    }
+    left && tools
+}
+
+/// A packet socket on an interface of this thread's network.
+fn packet_socket(name: &str) -> std::net::UdpSocket {
+    use std::os::fd::FromRawFd;
+    let name = std::ffi::CString::new(name).unwrap();
+    // SAFETY: the name is a C string, the address is as long as is said, the descriptor is fresh.
+    unsafe {
+        let all = (libc::ETH_P_ALL as u16).to_be();
+        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(all));
+        assert!(fd >= 0);
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = all;
+        address.sll_ifindex = libc::if_nametoindex(name.as_ptr()) as i32;
+        let len = size_of_val(&address) as u32;
+        assert_eq!(libc::bind(fd, (&raw const address).cast(), len), 0);
+        let socket = std::net::UdpSocket::from_raw_fd(fd);
+        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
+        socket
+    }
+}
+
+/// The next frame with our type; the host's own are left out.
+fn receive_ours(socket: &std::net::UdpSocket) -> Vec<u8> {
+    use std::os::fd::AsRawFd;
+    loop {
+        let mut buffer = vec![0; 70_000];
+        // SAFETY: the buffer is as long as is said.
+        let n = unsafe {
+            libc::recv(
+                socket.as_raw_fd(),
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                0,
+            )
+        };
+        assert!(n > 0, "no frame");
+        buffer.truncate(n as usize);
+        if buffer[12..14] == [0x88, 0xb5] {
+            return buffer;
+        }
+    }
+}
+
+fn send_raw(socket: &std::net::UdpSocket, bytes: &[u8]) {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the bytes are as many as is said.
+    let n = unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };
+    assert_eq!(n, bytes.len() as isize);
+}
+
+fn receive_ours_front(front: &mut NetFront) -> Vec<u8> {
+    loop {
+        let (_, bytes) = front.receive(0);
+        if bytes[12..14] == [0x88, 0xb5] {
+            return bytes;
+        }
+        assert!(front.offer_receive(0, 2048));
+    }
+}
+
+#[test]
+fn a_tap_interface() {
+    if !own_network() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let daemon = Daemon::start(&port(&socket, 1, "tap=pv0"));
+    let mut front = front(&socket);
+    ip("link set pv0 mtu 9000 up");
+    let host = packet_socket("pv0");
+    for round in 0..50usize {
+        while front.in_flight(0) < 16 {
+            assert!(front.offer_receive(0, 2048));
+        }
+        front.kick(0);
+        // Some need several buffers.
+        let len = 60 + round * 150;
+        let bytes = frame(1, 9, len);
+        send_raw(&host, &bytes);
+        assert!(
+            receive_ours_front(&mut front) == bytes,
+            "{len} bytes to the guest"
+        );
+        let bytes = frame(9, 1, len);
+        front.send(1, &PLAIN, &bytes);
+        loop {
+            // It sees its own frames too.
+            let got = receive_ours(&host);
+            if got[..6] == bytes[..6] {
+                assert!(got == bytes, "{len} bytes from the guest");
+                break;
+            }
+        }
+    }
+    drop(front);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+}
+
+#[test]
+fn an_interface_of_the_host() {
+    if !own_network() {
+        return;
+    }
+    ip("link add pva type veth peer name pvb");
+    ip("link set pva up");
+    ip("link set pvb up");
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let daemon = Daemon::start(&port(&socket, 1, "interface=pva"));
+    let mut front = front(&socket);
+    let peer = packet_socket("pvb");
+    for len in [60, 100, 1000, 1514] {
+        while front.in_flight(0) < 16 {
+            assert!(front.offer_receive(0, 2048));
+        }
+        front.kick(0);
+        let bytes = frame(1, 9, len);
+        send_raw(&peer, &bytes);
+        assert_eq!(receive_ours_front(&mut front), bytes);
+        let bytes = frame(9, 1, len);
+        front.send(1, &PLAIN, &bytes);
+        loop {
+            let got = receive_ours(&peer);
+            if got[..6] == bytes[..6] {
+                assert_eq!(got, bytes);
+                break;
+            }
+        }
+    }
+    drop(front);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+}
