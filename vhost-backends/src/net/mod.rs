@@ -34,8 +34,8 @@ pub use source::Reader;
 pub use stats::{Drop, NetSnapshot, NetStats};
 
 use crate::limit::Limiter;
-use crate::limits::MAX_RETIRED_LOGGED;
 use crate::ring::{DeviceRing, Retire};
+use crate::session::quota::PEER_LINES;
 use crate::session::{ConfigRefused, Device, FrontendLink, QueueSetup, QueueStop, QueueWorker};
 use filter::Filter;
 use port::Port;
@@ -111,8 +111,9 @@ impl Link {
     }
 
     fn ring_retired(&self, reason: &Retire) {
+        self.stats.retired();
         // A driver can reset and break its ring again, as often as it likes.
-        if self.stats.retired() < MAX_RETIRED_LOGGED {
+        if PEER_LINES.may_say() {
             tracing::warn!(%reason, "ring retired");
         }
     }

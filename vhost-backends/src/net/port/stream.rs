@@ -11,6 +11,7 @@ use crate::net::offload::Offloads;
 use crate::net::source::Reader;
 use crate::net::stats::Drop;
 use crate::readiness::{Interest, epoll_fd, timer_fd, wait};
+use crate::session::quota::PEER_LINES;
 use pv_abi::virtio::net::Header;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -330,7 +331,9 @@ impl Port for Stream {
                 Ok(received)
             }
             Err(reason) => {
-                tracing::info!(reason, "a stream's peer is gone");
+                if PEER_LINES.may_say() {
+                    tracing::info!(reason, "a stream's peer is gone");
+                }
                 self.disconnect();
                 self.look_for_peer();
                 Ok(Received::Drained)
