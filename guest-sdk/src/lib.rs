@@ -49,7 +49,7 @@
 //! | [`flat`] | that platform for the flat profile, and the runtime of freestanding guests |
 //! | [`virtqueue`] | the driver half of a split ring |
 //! | [`device`] | bring-up, loss and return, for all drivers |
-//! | [`block`], [`console`], [`rng`], [`clock`] | the drivers |
+//! | [`block`], [`net`], [`console`], [`rng`], [`clock`] | the drivers |
 //! | [`limits`] | every bound, with its reason |
 #![no_std]
 
@@ -69,6 +69,7 @@ mod fake;
 #[cfg(feature = "flat")]
 pub mod flat;
 pub mod limits;
+pub mod net;
 pub mod platform;
 pub mod rng;
 pub mod sync;

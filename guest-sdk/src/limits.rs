@@ -27,6 +27,9 @@ pub const BRING_UP_TIMEOUT: Duration = Duration::from_secs(10);
 pub const LOSS_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often a wait looks at the device table on a vCPU that does not get the configuration event.
 pub const LOSS_POLL: Duration = Duration::from_millis(50);
+/// How often a wait looks again on a vCPU that the queue was not made for: its event goes to the
+/// other one, so such a wait is slow, but it ends.
+pub const STRAY_POLL: Duration = Duration::from_millis(1);
 /// How often a wait looks again while the device is being brought back.
 pub const RECOVERY_POLL: Duration = Duration::from_millis(5);
 /// Transitions of the device that one look follows before it lets its caller go on.
@@ -41,3 +44,25 @@ pub const LOOK_AGAIN: u32 = 64;
 pub const LOOKS_PER_ROUND: u32 = 64;
 /// Glances in one wait; with the looks between them far more than [`LOOK_NS`] takes.
 pub const LOOK_ROUNDS: u32 = 64;
+
+/// Bytes of the largest frame: a segment of 64 KiB with its headers (virtio 1.3 §5.1.6.3.1), which
+/// is what every receive path must take.
+pub const MAX_FRAME: usize = 65_550;
+/// Bytes of the smallest frame that is delivered: an Ethernet header.
+pub const MIN_FRAME: usize = 14;
+/// Bytes of a receive buffer unless asked otherwise: a full frame with its header fits in one, and
+/// two fit in a page.
+pub const RECEIVE_BUFFER: usize = 2048;
+/// Least bytes of a receive buffer: below, most frames take several.
+pub const MIN_RECEIVE_BUFFER: usize = 256;
+/// Entries of a transmit and of a receive queue unless asked otherwise.
+pub const NET_QUEUE_SIZE: u16 = 256;
+/// Entries of the control queue: everything that is set fits in it at once, for a device that
+/// comes back.
+pub const CONTROL_QUEUE_SIZE: u16 = 128;
+/// VLANs that a card is told to take; each is a command of its own when a device comes back.
+pub const MAX_VLANS: usize = 48;
+/// Addresses in each of the two tables of the MAC filter: what the usual device takes.
+pub const MAX_FILTER: usize = 64;
+/// Frames that one poll drops before it lets its caller go on.
+pub const MAX_DROPS: usize = 64;

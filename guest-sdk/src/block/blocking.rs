@@ -90,7 +90,8 @@ impl<P: Platform> BlockQueue<P> {
     /// Submits one request and waits for it.
     fn one(&mut self, request: Request) -> Result<Completion, Error> {
         let token = self.submit_waiting(request)?;
-        let completion = self.wait_token(token)?;
+        let completion = self.wait_token(token);
+        let completion = completion.inspect_err(|_| self.abandon([token]))?;
         completion.result?;
         Ok(completion)
     }
@@ -148,7 +149,10 @@ impl<P: Platform> BlockQueue<P> {
                 return outcome;
             };
             // On `Broken` the buffers stay with the queue; there is nothing to wait for.
-            let completion = self.wait_token(token)?;
+            let completion = self.wait_token(token).inspect_err(|_| {
+                let flying = flying.iter().map(|(token, _)| *token);
+                self.abandon(flying.chain([token]));
+            })?;
             outcome = outcome.and(completion.result);
             if let Some(buf) = completion.buf {
                 if let Bytes::Read(out) = &mut bytes
@@ -157,6 +161,16 @@ impl<P: Platform> BlockQueue<P> {
                     buf.read(0, &mut out[range]);
                 }
                 self.keep_bounce(buf);
+            }
+        }
+    }
+
+    /// Forgets requests that nobody will ask for.
+    fn abandon(&mut self, tokens: impl IntoIterator<Item = Token>) {
+        for token in tokens {
+            match self.ready.iter().position(|done| done.token == token) {
+                Some(place) => drop(self.ready.remove(place)),
+                None => drop(self.abandoned.insert(token)),
             }
         }
     }

@@ -24,7 +24,7 @@ pub use future::{AsyncBlock, Pending};
 pub use queue::{BlockQueue, Completion, Token};
 pub use request::Request;
 
-use crate::device::{Channel, Core, OpenError, Ring};
+use crate::device::{Channel, Core, OpenError, Ring, agree_to_all};
 use crate::limits::DEFAULT_QUEUE_SIZE;
 use crate::platform::Platform;
 use alloc::sync::Arc;
@@ -112,7 +112,14 @@ impl<P: Platform> Block<P> {
             .iter()
             .map(|(channel, _)| Arc::clone(channel) as Arc<dyn Ring>)
             .collect();
-        let core = Core::bring_up(platform, info, KNOWN, feature::VERSION_1, rings)?;
+        let core = Core::bring_up(
+            platform,
+            info,
+            KNOWN,
+            feature::VERSION_1,
+            agree_to_all(),
+            rings,
+        )?;
         let shared = Arc::new(Shared::new(core, arena));
         let queues = channels
             .into_iter()

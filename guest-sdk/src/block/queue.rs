@@ -3,10 +3,9 @@
 use super::config::Shared;
 use super::request::{HEAD_LEN, Submitted};
 use super::{Block, Error, Request, SubmitError};
-use crate::device::{Channel, Failed};
-use crate::limits::{LOOK_AGAIN, LOOK_NS, LOOK_ROUNDS, LOOKS_PER_ROUND};
+use crate::device::{Channel, Failed, Looking, wait};
 use crate::platform::{DmaBuf, OutOfArena, Platform};
-use alloc::collections::VecDeque;
+use alloc::collections::{BTreeSet, VecDeque};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -41,6 +40,8 @@ pub struct BlockQueue<P: Platform> {
     pub(super) ready: VecDeque<Completion>,
     /// Buffers of the blocking calls.
     pub(super) bounce: Vec<DmaBuf>,
+    /// Requests of blocking calls that gave up: nobody has their tokens.
+    pub(super) abandoned: BTreeSet<Token>,
     next_token: u64,
     looking: Looking,
 }
@@ -60,6 +61,7 @@ impl<P: Platform> BlockQueue<P> {
             heads,
             ready: VecDeque::new(),
             bounce: Vec::new(),
+            abandoned: BTreeSet::new(),
             next_token: 0,
             looking: Looking::new(),
         })
@@ -177,67 +179,17 @@ impl<P: Platform> BlockQueue<P> {
     pub fn wait_for(&mut self, count: usize, limit: Option<Duration>) -> Result<usize, Error> {
         let shared = Arc::clone(&self.shared);
         let channel = Arc::clone(&self.channel);
-        let platform = shared.core.platform();
-        let mut deadline = None;
-        let mut waiter = None;
-        loop {
+        let mut looking = self.looking;
+        let waited = wait(&shared.core, &channel, &mut looking, limit, || {
             self.drain()?;
             let missing = count.saturating_sub(self.ready.len());
             if missing == 0 || channel.held() == 0 {
-                break;
+                return Ok(None);
             }
-            let Some(waiter) = &mut waiter else {
-                // The first look found nothing: from here on it is a wait, which takes the pending
-                // bits and looks again before it sleeps.
-                let waiter = waiter.insert(channel.waiter(&shared.core));
-                waiter.clear();
-                deadline = limit.map(|limit| {
-                    let nanoseconds = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-                    platform.now_ns().saturating_add(nanoseconds)
-                });
-                continue;
-            };
-            if deadline.is_some_and(|deadline| platform.now_ns() >= deadline) {
-                break;
-            }
-            if self.look(platform, count)? {
-                break;
-            }
-            if channel.arm(u16::try_from(missing).unwrap_or(u16::MAX)) {
-                waiter.idle(channel.idle_limit(&shared.core, deadline));
-            }
-            waiter.clear();
-        }
-        Ok(self.ready.len())
-    }
-
-    /// Looks for completions for a short while before the vCPU goes idle; whether `count` came.
-    ///
-    /// An idle costs a trip to the host and back, often longer than a cached read takes. Looking
-    /// stops where it does not help, and is tried again now and then.
-    fn look(&mut self, platform: &P, count: usize) -> Result<bool, Error> {
-        let budget = self.looking.budget_ns();
-        if budget == 0 {
-            return Ok(false);
-        }
-        let until = platform.now_ns().saturating_add(budget);
-        // Bounded by looks as well: a clock need not go on while nobody idles.
-        for _ in 0..LOOK_ROUNDS {
-            // The clock is asked now and then only; where it is a call, that is what it costs.
-            for _ in 0..LOOKS_PER_ROUND {
-                self.drain()?;
-                if self.ready.len() >= count || self.channel.held() == 0 {
-                    self.looking.hit();
-                    return Ok(true);
-                }
-                core::hint::spin_loop();
-            }
-            if platform.now_ns() >= until {
-                break;
-            }
-        }
-        self.looking.miss();
-        Ok(false)
+            Ok(Some(u16::try_from(missing).unwrap_or(u16::MAX)))
+        });
+        self.looking = looking;
+        waited.map(|()| self.ready.len())
     }
 
     /// Moves every completion from the ring to `ready`.
@@ -249,6 +201,17 @@ impl<P: Platform> BlockQueue<P> {
     }
 
     fn poll_ring(&mut self) -> Result<Option<Completion>, Error> {
+        loop {
+            let completion = self.take_one()?;
+            match &completion {
+                // Its buffer goes back to the arena with it.
+                Some(done) if self.abandoned.remove(&done.token) => {}
+                _ => return Ok(completion),
+            }
+        }
+    }
+
+    fn take_one(&mut self) -> Result<Option<Completion>, Error> {
         let (completion, head) = match self.channel.poll(&self.shared.core) {
             Ok(None) => return Ok(None),
             Ok(Some((submitted, written))) => submitted.complete(written),
@@ -269,41 +232,6 @@ impl<P: Platform> BlockQueue<P> {
         };
         self.heads.push(head);
         Ok(Some(completion))
-    }
-}
-
-/// How long to look before idling; learnt from what came of it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Looking {
-    budget_ns: u64,
-    waits: u32,
-}
-
-impl Looking {
-    pub(super) const fn new() -> Self {
-        Looking {
-            budget_ns: LOOK_NS,
-            waits: 0,
-        }
-    }
-
-    fn budget_ns(&mut self) -> u64 {
-        self.waits = self.waits.wrapping_add(1);
-        if self.budget_ns == 0 && self.waits.is_multiple_of(LOOK_AGAIN) {
-            return LOOK_NS;
-        }
-        self.budget_ns
-    }
-
-    fn hit(&mut self) {
-        self.budget_ns = LOOK_NS;
-    }
-
-    fn miss(&mut self) {
-        self.budget_ns /= 2;
-        if self.budget_ns < LOOK_NS / 8 {
-            self.budget_ns = 0;
-        }
     }
 }
 

@@ -181,9 +181,11 @@ impl Submitted {
     pub(super) fn complete(self, written: u32) -> (Completion, DmaBuf) {
         let mut code = [STATUS_UNTOUCHED];
         self.head.read(STATUS_AT, &mut code);
+        // Real backends leave the status byte, and what is not data, out of the length. The byte
+        // itself says more: it was another one before.
         let due = match &self.request {
-            Request::Read { buf, .. } => buf.len() as u64 + 1,
-            _ => 1,
+            Request::Read { buf, .. } => buf.len() as u64,
+            _ => 0,
         };
         let result = match code[0] {
             // The device says that it wrote less than all: some of the buffer would be stale.

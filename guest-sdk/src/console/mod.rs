@@ -1,6 +1,6 @@
 //! The console (virtio 1.3 §5.3): one queue in, one queue out, bytes without structure.
 
-use crate::device::{Buffer, Channel, Core, Error, OpenError, Ring};
+use crate::device::{Buffer, Channel, Core, Error, OpenError, Ring, agree_to_all};
 use crate::limits::{CONSOLE_BUFFER, CONSOLE_BUFFERS};
 use crate::platform::{DmaBuf, Platform};
 use alloc::sync::Arc;
@@ -53,7 +53,14 @@ impl<P: Platform> Console<P> {
             Arc::clone(&transmit) as Arc<dyn Ring>,
         ];
         let known = feature::VERSION_1 | feature::EVENT_IDX;
-        let core = Core::bring_up(platform, info, known, feature::VERSION_1, rings)?;
+        let core = Core::bring_up(
+            platform,
+            info,
+            known,
+            feature::VERSION_1,
+            agree_to_all(),
+            rings,
+        )?;
         Ok(Console {
             core,
             receive,

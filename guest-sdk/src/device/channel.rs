@@ -1,11 +1,12 @@
 //! One queue of a device: its ring, what is in it, and what waits to be put into it.
 
 use super::{Core, Lost, Segments, Step};
-use crate::limits::{LOSS_POLL, RECOVERY_POLL};
+use crate::limits::{LOSS_POLL, RECOVERY_POLL, STRAY_POLL};
 use crate::platform::{Arena, DeviceInfo, OutOfArena, Platform, Waiter};
 use crate::sync::SpinLock;
 use crate::virtqueue::{Broken, DriverQueue, Refused, RingMemory};
 use alloc::collections::VecDeque;
+use alloc::vec::Vec;
 use core::time::Duration;
 use pv_abi::device::QueueSetup;
 
@@ -60,6 +61,8 @@ struct State<R> {
     reaped: VecDeque<(R, u32)>,
     /// Requests held, wherever.
     held: u16,
+    /// Whether the ring asks for a signal now.
+    armed: bool,
 }
 
 impl<R: Submission> Channel<R> {
@@ -79,6 +82,7 @@ impl<R: Submission> Channel<R> {
                 backlog: VecDeque::new(),
                 reaped: VecDeque::new(),
                 held: 0,
+                armed: false,
             }),
             index,
             vcpu,
@@ -134,6 +138,26 @@ impl<R: Submission> Channel<R> {
         }
     }
 
+    /// Puts requests in front of all others, and forgets those that are not to be kept. For the time
+    /// between [`Ring::rebuild`] and [`Ring::attach`], when all of them wait.
+    pub(crate) fn go_first(&self, keep: impl Fn(&R) -> bool, list: Vec<R>) {
+        let mut state = self.state.lock();
+        let before = state.backlog.len() + state.reaped.len();
+        state.backlog.retain(&keep);
+        state.reaped.retain(|(request, _)| keep(request));
+        let forgotten = before - state.backlog.len() - state.reaped.len();
+        let held = usize::from(state.held) + list.len() - forgotten;
+        state.held = u16::try_from(held).unwrap_or(u16::MAX);
+        for request in list.into_iter().rev() {
+            state.backlog.push_front(request);
+        }
+    }
+
+    /// Breaks the queue for something that its owner found out; returns why it is broken.
+    pub(crate) fn condemn(&self, broken: Broken) -> Broken {
+        self.state.lock().ring.condemn(broken)
+    }
+
     /// Shows the device what was submitted.
     pub(crate) fn kick<P: Platform>(&self, core: &Core<P>) {
         let mut state = self.state.lock();
@@ -167,6 +191,7 @@ impl<R: Submission> Channel<R> {
                 return Ok(None);
             }
         }
+        state.disarm();
         let mut kick = state.ring.publish();
         let popped = state.ring.pop().map_err(Failed::Broken);
         if let Ok(Some(_)) = popped {
@@ -181,6 +206,50 @@ impl<R: Submission> Channel<R> {
             core.platform().notify(self.event);
         }
         Ok(popped?.map(|used| (used.data, used.written)))
+    }
+
+    /// Takes the next group of completions, which `count` tells the size of when it sees the first of
+    /// them; whether there was one. What was submitted is published when nothing else is to be had.
+    ///
+    /// A device publishes the completions of a group together. One that says a count that cannot be,
+    /// or publishes a part, breaks the queue; what a device that went away left of a group is
+    /// submitted again.
+    pub(crate) fn poll_group<P: Platform>(
+        &self,
+        core: &Core<P>,
+        count: impl Fn(&R, u32) -> Result<u16, Broken>,
+        group: &mut Vec<(R, u32)>,
+    ) -> Result<bool, Failed> {
+        let mut state = self.state.lock();
+        if !core.is_live(state.attached) {
+            drop(state);
+            let step = core.step();
+            state = self.state.lock();
+            // What was reaped before it went is good all the same.
+            if state.reaped.is_empty() {
+                match step {
+                    Ok(Step::Live) => {}
+                    Ok(Step::Waiting) => return Ok(false),
+                    Err(lost) => return Err(Failed::Lost(lost)),
+                }
+            }
+        }
+        if state.take_reaped_group(&count, group) {
+            return Ok(true);
+        }
+        if state.attached.is_none() {
+            return Ok(false);
+        }
+        state.disarm();
+        let found = state.take_group(&count, group).map_err(Failed::Broken)?;
+        // While there is something to take, what was given back meanwhile goes in batches.
+        let kick = (!found || state.ring.unpublished() >= state.ring.memory().size() / 4)
+            && state.ring.publish();
+        drop(state);
+        if kick {
+            core.platform().notify(self.event);
+        }
+        Ok(found)
     }
 
     /// Waits for the next completion; `None` if nothing is held that could complete.
@@ -223,7 +292,14 @@ impl<R: Submission> Channel<R> {
     /// Asks for an event after `after` completions; whether its owner may idle now.
     pub(crate) fn arm(&self, after: u16) -> bool {
         let mut state = self.state.lock();
-        state.reaped.is_empty() && (state.attached.is_none() || state.ring.arm(after))
+        if !state.reaped.is_empty() {
+            return false;
+        }
+        if state.attached.is_none() {
+            return true;
+        }
+        state.armed = true;
+        state.ring.arm(after)
     }
 
     /// A wait for this queue's events and the device's.
@@ -232,7 +308,7 @@ impl<R: Submission> Channel<R> {
     }
 
     /// How long an idle may last: until the caller's deadline, and no longer than the loss of the
-    /// device may go unnoticed.
+    /// device may go unnoticed. On a vCPU that the queue's event does not go to, it is short.
     pub(crate) fn idle_limit<P: Platform>(
         &self,
         core: &Core<P>,
@@ -241,6 +317,8 @@ impl<R: Submission> Channel<R> {
         let attached = self.state.lock().attached;
         let watch = if !core.is_live(attached) {
             Some(RECOVERY_POLL)
+        } else if core.platform().vcpu_index() != self.vcpu {
+            Some(STRAY_POLL)
         } else if core.platform().vcpu_index() != core.config_vcpu() {
             Some(LOSS_POLL)
         } else {
@@ -256,7 +334,67 @@ impl<R: Submission> Channel<R> {
     }
 }
 
+impl<R> State<R> {
+    /// Nobody waits any more: takes the wish for a signal back.
+    fn disarm(&mut self) {
+        if core::mem::take(&mut self.armed) {
+            self.ring.disarm();
+        }
+    }
+
+    /// Takes a group out of the ring, all of it or nothing.
+    fn take_group(
+        &mut self,
+        count: impl Fn(&R, u32) -> Result<u16, Broken>,
+        group: &mut Vec<(R, u32)>,
+    ) -> Result<bool, Broken> {
+        let Some(first) = self.ring.pop()? else {
+            return Ok(false);
+        };
+        self.held -= 1;
+        let said = count(&first.data, first.written);
+        group.push((first.data, first.written));
+        let said = said.map_err(|broken| self.ring.condemn(broken))?;
+        let here = self.ring.completed()?.saturating_add(1);
+        if said == 0 || said > here {
+            return Err(self.ring.condemn(Broken::GroupCount { said, here }));
+        }
+        for _ in 1..said {
+            if let Some(used) = self.ring.pop()? {
+                self.held -= 1;
+                group.push((used.data, used.written));
+            }
+        }
+        Ok(true)
+    }
+}
+
 impl<R: Submission> State<R> {
+    /// Takes a group of what was reaped. What is no whole group goes back to the device.
+    fn take_reaped_group(
+        &mut self,
+        count: impl Fn(&R, u32) -> Result<u16, Broken>,
+        group: &mut Vec<(R, u32)>,
+    ) -> bool {
+        while let Some((first, written)) = self.reaped.front() {
+            let said = count(first, *written).map_or(0, usize::from);
+            if (1..=self.reaped.len()).contains(&said) {
+                self.held = self
+                    .held
+                    .saturating_sub(u16::try_from(said).unwrap_or(u16::MAX));
+                group.extend(self.reaped.drain(..said));
+                return true;
+            }
+            let rest = core::mem::take(&mut self.reaped);
+            self.backlog
+                .extend(rest.into_iter().map(|(request, _)| request));
+            if self.attached.is_some() {
+                self.refill();
+            }
+        }
+        false
+    }
+
     /// Moves what fits from the backlog into the ring.
     fn refill(&mut self) {
         while let Some(mut request) = self.backlog.pop_front() {
@@ -271,6 +409,7 @@ impl<R: Submission> State<R> {
 
     /// Empties the ring; what was in flight goes before what is in the backlog.
     fn keep(&mut self, event_idx: bool, indirect: bool) {
+        self.armed = false;
         for request in self.ring.reset(event_idx, indirect).into_iter().rev() {
             self.backlog.push_front(request);
         }

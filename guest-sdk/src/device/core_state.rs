@@ -3,10 +3,11 @@
 use super::{Lost, Ring};
 use crate::limits::{BRING_UP_TIMEOUT, LOSS_TIMEOUT, MAX_RECOVERY_STEPS, RECOVERY_POLL};
 use crate::platform::{Arena, CallError, DeviceInfo, OutOfArena, Platform, Waiter};
-use crate::sync::SpinLock;
+use crate::sync::{SpinGuard, SpinLock};
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use pv_abi::call::number;
 use pv_abi::device::{DeviceSetup, DeviceState};
 use pv_abi::limits::{MAX_CONFIG, MAX_QUEUES};
@@ -71,25 +72,53 @@ pub(crate) struct Core<P: Platform> {
     config_vcpu: u32,
     /// Feature bits that the driver cannot do without.
     needed: u64,
+    agree: Agree,
     rings: Vec<Arc<dyn Ring>>,
+    /// Held over calls that may take seconds, so it is only ever tried. What others want to know or
+    /// to have lies beside it.
     life: SpinLock<Life>,
-    /// Features in force now; a copy for readers without the lock.
+    /// The generation that the rings are attached to, or [`NO_GENERATION`].
+    generation: AtomicU64,
+    /// How long the device may stay away, in nanoseconds.
+    loss_timeout_ns: AtomicU64,
+    /// Whether the host may still be using rings and buffers.
+    host_has_memory: AtomicBool,
+    /// Somebody wants the device started anew.
+    reset_wanted: AtomicBool,
+    /// Features in force now.
     features: AtomicU64,
     /// The configuration's sequence number that the user has seen.
     config_seen: AtomicU32,
 }
 
+/// What only the one who pushes needs.
 struct Life {
-    /// The generation that the rings are attached to.
-    generation: Option<u32>,
     /// Features of the first activation, then of the last; only ever fewer.
     features: u64,
     /// When the device was first seen away.
     away_since: Option<u64>,
-    loss_timeout_ns: u64,
-    /// Whether the host may still be using rings and buffers.
-    host_has_memory: bool,
     lost: Option<Lost>,
+}
+
+/// No generation: they have 32 bits.
+const NO_GENERATION: u64 = u64::MAX;
+
+/// What a driver makes of the features that it could have, given what the table says now: the ones to
+/// accept, or `None` if the device is not the one that its queues were made for.
+pub(crate) type Agree = Box<dyn Fn(u64, &Offer<'_>) -> Option<u64> + Send + Sync>;
+
+/// What a device offers at the moment of its activation.
+#[derive(Debug)]
+pub(crate) struct Offer<'a> {
+    /// Queues that the driver has set up.
+    pub(crate) queues: usize,
+    /// Configuration space, zeroes after what is in use.
+    pub(crate) config: &'a [u8; MAX_CONFIG],
+}
+
+/// Takes what there is.
+pub(crate) fn agree_to_all() -> Agree {
+    Box::new(|features, _offer| Some(features))
 }
 
 impl<P: Platform> Core<P> {
@@ -109,6 +138,33 @@ impl<P: Platform> Core<P> {
         Ok((info, arena))
     }
 
+    /// Waits until a device says what it offers; its entry and its configuration space then.
+    pub(crate) fn wait_for_offer(
+        platform: &'static P,
+        found: &DeviceInfo,
+    ) -> Result<(DeviceInfo, [u8; MAX_CONFIG]), OpenError> {
+        let table = platform.device_table();
+        let mut waiter = Waiter::new(platform, &[found.config_event()]);
+        let give_up = platform
+            .now_ns()
+            .saturating_add(nanoseconds(BRING_UP_TIMEOUT));
+        loop {
+            waiter.clear();
+            let state = table.state(found.index).map(|(state, _)| state);
+            if state.is_some_and(|state| state != DeviceState::Absent) {
+                let info = table.info(found.index).ok_or(OpenError::NotFound)?;
+                let (mut config, len, _) = table.config(found.index).ok_or(OpenError::NotFound)?;
+                config[len..].fill(0);
+                return Ok((info, config));
+            }
+            if platform.now_ns() >= give_up {
+                return Err(OpenError::Device(Lost::TimedOut));
+            }
+            // Nobody was told of this vCPU yet, so the event may go elsewhere.
+            waiter.idle(Some(RECOVERY_POLL));
+        }
+    }
+
     /// Brings the device up with these queues; waits until it is there.
     ///
     /// `known` are the features that the driver has a use for, `needed` those it cannot do without.
@@ -117,6 +173,7 @@ impl<P: Platform> Core<P> {
         info: DeviceInfo,
         known: u64,
         needed: u64,
+        agree: Agree,
         rings: Vec<Arc<dyn Ring>>,
     ) -> Result<Self, OpenError> {
         if rings.is_empty() || rings.len() > usize::from(info.queue_count) {
@@ -128,15 +185,17 @@ impl<P: Platform> Core<P> {
             info,
             config_vcpu,
             needed,
+            agree,
             rings,
             life: SpinLock::new(Life {
-                generation: None,
                 features: known,
                 away_since: None,
-                loss_timeout_ns: nanoseconds(BRING_UP_TIMEOUT),
-                host_has_memory: false,
                 lost: None,
             }),
+            generation: AtomicU64::new(NO_GENERATION),
+            loss_timeout_ns: AtomicU64::new(nanoseconds(BRING_UP_TIMEOUT)),
+            host_has_memory: AtomicBool::new(false),
+            reset_wanted: AtomicBool::new(false),
             features: AtomicU64::new(0),
             config_seen: AtomicU32::new(0),
         };
@@ -181,7 +240,8 @@ impl<P: Platform> Core<P> {
 
     /// The generation in force, if the device is up.
     pub(crate) fn generation(&self) -> Option<u32> {
-        self.life.lock().generation
+        // Ordering: Relaxed, one number on its own; the table is what decides.
+        u32::try_from(self.generation.load(Ordering::Relaxed)).ok()
     }
 
     /// Features in force.
@@ -192,7 +252,8 @@ impl<P: Platform> Core<P> {
 
     /// How long the device may stay away.
     pub(crate) fn set_loss_timeout(&self, nanoseconds: u64) {
-        self.life.lock().loss_timeout_ns = nanoseconds;
+        // Ordering: Relaxed, one number on its own.
+        self.loss_timeout_ns.store(nanoseconds, Ordering::Relaxed);
     }
 
     /// Configuration space and its bytes in use.
@@ -220,26 +281,47 @@ impl<P: Platform> Core<P> {
         })
     }
 
-    /// Takes the device out of use, so that the next step starts it anew.
+    /// Starts the device anew, now or as soon as whoever is pushing it lets go.
     pub(crate) fn reset(&self) {
-        let mut life = self.life.lock();
-        self.detach_all(&mut life);
+        self.reset_wanted.store(true, Ordering::Relaxed);
+        // Ordering: a full fence, and another one in `step` between letting go of the lock and
+        // looking at the flag: either we get the lock, or its holder sees the flag afterwards.
+        fence(Ordering::SeqCst);
         // What this fails with, the next step meets again.
-        let _later = self.reset_device(&mut life).is_err();
+        let _later = self.step().is_err();
     }
 
     /// Whether every buffer is the driver's again, now that the device is lost.
     pub(crate) fn memory_is_ours(&self) -> bool {
-        !self.life.lock().host_has_memory
+        // Ordering: Acquire pairs with the Release after a reset, behind which nobody writes.
+        !self.host_has_memory.load(Ordering::Acquire)
     }
 
-    /// Pushes the device towards being live, as far as that goes without waiting.
+    /// Pushes the device towards being live, as far as that goes without waiting for another vCPU.
     pub(crate) fn step(&self) -> Result<Step, Lost> {
-        let Some(mut life) = self.life.try_lock() else {
-            return Ok(Step::Waiting);
-        };
+        loop {
+            let Some(life) = self.life.try_lock() else {
+                return Ok(Step::Waiting);
+            };
+            let step = self.step_with(life);
+            // Ordering: a full fence, the other half of the one in `reset`. Somebody may have wanted
+            // one while the lock was held, and gone away.
+            fence(Ordering::SeqCst);
+            if step.is_err() || !self.reset_wanted.load(Ordering::Relaxed) {
+                return step;
+            }
+        }
+    }
+
+    fn step_with(&self, mut life: SpinGuard<'_, Life>) -> Result<Step, Lost> {
         if let Some(lost) = life.lost {
             return Err(lost);
+        }
+        // Ordering: Relaxed, the fences are what orders it.
+        if self.reset_wanted.swap(false, Ordering::Relaxed) {
+            self.detach_all();
+            // What this fails with, the push meets again.
+            let _again = self.reset_device(&life).is_err();
         }
         let step = self.push(&mut life);
         match step {
@@ -250,7 +332,9 @@ impl<P: Platform> Core<P> {
             Ok(Step::Waiting) => {
                 let now = self.platform.now_ns();
                 let since = *life.away_since.get_or_insert(now);
-                if now.saturating_sub(since) < life.loss_timeout_ns {
+                // Ordering: Relaxed, one number on its own.
+                let limit = self.loss_timeout_ns.load(Ordering::Relaxed);
+                if now.saturating_sub(since) < limit {
                     return Ok(Step::Waiting);
                 }
                 Err(self.give_up(&mut life, Lost::TimedOut))
@@ -267,10 +351,10 @@ impl<P: Platform> Core<P> {
                 .device_table()
                 .state(self.info.index)
                 .unwrap_or((DeviceState::Absent, 0));
-            if state == DeviceState::Active && life.generation == Some(generation) {
+            if state == DeviceState::Active && self.generation() == Some(generation) {
                 return Ok(Step::Live);
             }
-            self.detach_all(life);
+            self.detach_all();
             let outcome = match state {
                 DeviceState::Active | DeviceState::NeedsReset => self.reset_device(life),
                 // The host let go of it on its own.
@@ -291,7 +375,7 @@ impl<P: Platform> Core<P> {
         Ok(Step::Waiting)
     }
 
-    fn reset_device(&self, life: &mut Life) -> Result<(), CallError> {
+    fn reset_device(&self, life: &Life) -> Result<(), CallError> {
         let index = u64::from(self.info.index);
         self.platform
             .call(number::DEVICE_RESET, [index, 0, 0, 0, 0, 0])?;
@@ -303,7 +387,16 @@ impl<P: Platform> Core<P> {
         let Some(now) = self.platform.device_table().info(self.info.index) else {
             return Err(Lost::Changed);
         };
-        let features = now.features & life.features;
+        let (config, len) = self.config();
+        let mut offered = [0; MAX_CONFIG];
+        offered[..len].copy_from_slice(&config[..len]);
+        let offer = Offer {
+            queues: self.rings.len(),
+            config: &offered,
+        };
+        let Some(features) = (self.agree)(now.features & life.features, &offer) else {
+            return Err(Lost::Changed);
+        };
         let fits = |ring: &Arc<dyn Ring>| ring.setup().size <= now.max_queue_size;
         if features & self.needed != self.needed
             || self.rings.len() > usize::from(now.queue_count)
@@ -317,7 +410,8 @@ impl<P: Platform> Core<P> {
         // The rings are empty already; only now is it known for which features.
         life.features = features;
         self.empty_rings(features);
-        life.host_has_memory = true;
+        // Ordering: Release, as all stores to this flag.
+        self.host_has_memory.store(true, Ordering::Release);
         let setup = self.setup(features);
         let Some(address) = self.platform.fill_scratch(&setup) else {
             return Err(Lost::Changed);
@@ -335,14 +429,16 @@ impl<P: Platform> Core<P> {
             Err(error) => {
                 // What was refused was never looked at; what failed half-way may be served until
                 // the device is seen absent or reset.
-                life.host_has_memory = matches!(error.status, Status::Again | Status::HostError);
+                let maybe = matches!(error.status, Status::Again | Status::HostError);
+                self.host_has_memory.store(maybe, Ordering::Release);
                 return Ok(Err(error));
             }
         };
         // Generations are 32 bits in the table.
         let generation = generation as u32;
-        life.generation = Some(generation);
-        // Ordering: Relaxed, one number on its own.
+        // Ordering: Relaxed, one number each, on its own.
+        self.generation
+            .store(u64::from(generation), Ordering::Relaxed);
         self.features.store(features, Ordering::Relaxed);
         for (index, ring) in self.rings.iter().enumerate() {
             if ring.attach(generation) {
@@ -371,8 +467,9 @@ impl<P: Platform> Core<P> {
         bytes
     }
 
-    fn detach_all(&self, life: &mut Life) {
-        if life.generation.take().is_some() {
+    fn detach_all(&self) {
+        // Ordering: Relaxed, one number on its own.
+        if self.generation.swap(NO_GENERATION, Ordering::Relaxed) != NO_GENERATION {
             log::warn!("device {}: lost, starting it anew", self.info.name());
         }
         for ring in &self.rings {
@@ -381,8 +478,9 @@ impl<P: Platform> Core<P> {
     }
 
     /// The device has let go: reap and empty the rings.
-    fn rebuild_all(&self, life: &mut Life) {
-        if core::mem::take(&mut life.host_has_memory) {
+    fn rebuild_all(&self, life: &Life) {
+        // Ordering: AcqRel, the Release tells `memory_is_ours` what the reset's return told us.
+        if self.host_has_memory.swap(false, Ordering::AcqRel) {
             self.empty_rings(life.features);
         }
     }
@@ -397,7 +495,7 @@ impl<P: Platform> Core<P> {
 
     fn give_up(&self, life: &mut Life, lost: Lost) -> Lost {
         log::error!("device {}: {lost}", self.info.name());
-        self.detach_all(life);
+        self.detach_all();
         life.lost = Some(lost);
         lost
     }
@@ -405,8 +503,7 @@ impl<P: Platform> Core<P> {
 
 impl<P: Platform> Drop for Core<P> {
     fn drop(&mut self) {
-        let life = self.life.get_mut();
-        if !life.host_has_memory {
+        if !*self.host_has_memory.get_mut() {
             return;
         }
         let index = u64::from(self.info.index);

@@ -12,7 +12,7 @@
 //! 1. Every operation on a channel compares the table with the generation that the channel is
 //!    attached to, under the channel's lock. Who finds a difference calls `Core::step`.
 //! 2. `step` is a state machine that any vCPU may push; its lock is only ever tried, so nobody spins
-//!    while somebody else waits for the host. It first **detaches** every channel, each under its
+//!    while somebody else waits for the host; what others ask for (`reset`) or about lies beside it. It first **detaches** every channel, each under its
 //!    lock: from then on no vCPU touches any of the rings, whatever it was about to do.
 //! 3. `DEVICE_RESET`. When it returns, nobody on the host's side touches the rings either.
 //! 4. Each ring is reaped a last time and then emptied in place; the requests that are left go to the
@@ -30,6 +30,9 @@
 mod buffer;
 mod channel;
 mod core_state;
+#[cfg(test)]
+mod tests;
+mod wait;
 
 use crate::limits::MAX_SEGMENTS;
 use crate::virtqueue::Segment;
@@ -37,7 +40,8 @@ pub(crate) use buffer::Buffer;
 pub use buffer::Error;
 pub(crate) use channel::{Channel, Failed, Ring, Submission};
 pub use core_state::OpenError;
-pub(crate) use core_state::{Core, Step};
+pub(crate) use core_state::{Agree, Core, Offer, Step, agree_to_all};
+pub(crate) use wait::{Looking, wait};
 
 /// Why a device is of no use any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

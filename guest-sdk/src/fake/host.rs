@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 // UNSAFETY: plays the peer that writes shared memory.
 
+use super::net::Card;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU16, Ordering, fence};
 use pv_abi::call::number;
@@ -145,6 +146,17 @@ impl ModelQueue {
         self.wants_signal(old)
     }
 
+    /// Completes chains together.
+    pub(crate) fn complete_group(&mut self, elems: &[(u16, u32)]) -> bool {
+        let old = self.next_used;
+        for &(head, len) in elems {
+            self.write_elem(self.next_used, head.into(), len);
+            self.next_used = self.next_used.wrapping_add(1);
+        }
+        self.write_used_index(self.next_used);
+        self.wants_signal(old)
+    }
+
     fn wants_signal(&self, old: u16) -> bool {
         fence(Ordering::SeqCst);
         if self.event_idx {
@@ -177,7 +189,7 @@ pub(crate) struct Host {
     state: DeviceState,
     pub(crate) generation: u32,
     pub(crate) offered: u64,
-    features: u64,
+    pub(super) features: u64,
     config_vcpu: u32,
     queues: Vec<(ModelQueue, u32)>,
     pub(crate) kicked: bool,
@@ -203,6 +215,11 @@ pub(crate) struct Host {
     pub(crate) output: Vec<u8>,
     /// Most bytes of input in one buffer.
     pub(crate) give: usize,
+    /// Leaves the status byte, and all of a request that is no data, out of the length.
+    pub(crate) counts_data_only: bool,
+    /// Leaves so many bytes out of it beside that.
+    pub(crate) counts_less: u32,
+    pub(crate) card: Card,
 }
 
 // SAFETY: pointers to leaked memory.
@@ -252,6 +269,9 @@ impl Host {
             input: Vec::new(),
             output: Vec::new(),
             give: usize::MAX,
+            counts_data_only: false,
+            counts_less: 0,
+            card: Card::default(),
         };
         let mut first = Self::empty_entry();
         first.kind = kind::BLOCK;
@@ -276,6 +296,10 @@ impl Host {
         self.disk.resize(sectors as usize * SECTOR, 0);
         let mut bytes = [0; MAX_CONFIG];
         bytes[..size_of::<block::Config>()].copy_from_slice(config.as_bytes());
+        self.write_config(bytes, size_of::<block::Config>());
+    }
+
+    pub(super) fn write_config(&mut self, bytes: [u8; MAX_CONFIG], len: usize) {
         let entry = self.entry.as_ptr();
         // SAFETY: leaked, aligned; volatile, the guest's side reads it.
         unsafe {
@@ -283,7 +307,7 @@ impl Host {
             (&raw mut (*entry).config_seq).write_volatile(seq + 1);
             fence(Ordering::Release);
             (&raw mut (*entry).config).write_volatile(bytes);
-            (&raw mut (*entry).config_len).write_volatile(size_of::<block::Config>() as u32);
+            (&raw mut (*entry).config_len).write_volatile(len as u32);
             fence(Ordering::Release);
             (&raw mut (*entry).config_seq).write_volatile(seq + 2);
         }
@@ -381,7 +405,7 @@ impl Host {
     }
 
     /// One step of work; whether the backend survived it.
-    fn burn(&mut self) -> bool {
+    pub(super) fn burn(&mut self) -> bool {
         match &mut self.fuel {
             Some(0) => {
                 self.die();
@@ -424,6 +448,16 @@ impl Host {
             return events;
         }
         let mut queues = core::mem::take(&mut self.queues);
+        if self.kind == kind::NET {
+            match self.serve_card(&mut queues) {
+                Some(fired) => {
+                    self.queues = queues;
+                    events = fired;
+                }
+                None => events.push(self.config_event()),
+            }
+            return events;
+        }
         'dead: for (index, (queue, vcpu)) in queues.iter_mut().enumerate() {
             loop {
                 let mut chains = Vec::new();
@@ -533,6 +567,9 @@ impl Host {
             _ => status = block::status::UNSUPP,
         }
         queue.write(status_at, &[status]);
-        written
+        if self.counts_data_only {
+            written -= 1;
+        }
+        written.saturating_sub(self.counts_less)
     }
 }

@@ -1,4 +1,4 @@
-//! A platform in plain memory, with a block device behind it, for this crate's tests.
+//! A platform in plain memory, with a device behind it, for this crate's tests.
 //!
 //! Everything is deterministic: the host's side runs inside `idle`, and an idle without a limit that
 //! nothing would ever end is a panic, which is how a lost wakeup shows.
@@ -6,13 +6,15 @@
 // UNSAFETY: implements the unsafe trait over leaked memory, and plays the host that writes it.
 
 mod host;
+mod net;
 
 pub(crate) use host::{Host, ModelQueue};
+pub(crate) use net::Delivery;
 
 use crate::platform::{Arena, CallError, DeviceTable, Platform};
 use core::cell::Cell;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use pv_abi::device::DeviceEntry;
 use pv_abi::limits::SCRATCH_LEN;
@@ -50,6 +52,9 @@ pub(crate) struct Fake {
     pub(crate) idles: AtomicU64,
     /// Whether a wait that nothing ends is an error here; not when threads are involved.
     pub(crate) strict: bool,
+    /// Keeps calls waiting, as a host does whose backend does not answer; and whether one waits.
+    pub(crate) hold_calls: AtomicBool,
+    pub(crate) call_held: AtomicBool,
 }
 
 // SAFETY: table and memory are leaked and accessed with volatile and atomic operations only.
@@ -83,6 +88,8 @@ impl Fake {
             kicks: AtomicU64::new(0),
             idles: AtomicU64::new(0),
             strict,
+            hold_calls: AtomicBool::new(false),
+            call_held: AtomicBool::new(false),
         };
         Box::leak(Box::new(fake))
     }
@@ -137,6 +144,10 @@ unsafe impl Platform for Fake {
     }
 
     fn call(&self, number: u32, args: [u64; 6]) -> Result<u64, CallError> {
+        while self.hold_calls.load(Ordering::Acquire) {
+            self.call_held.store(true, Ordering::Release);
+            std::thread::yield_now();
+        }
         let scratch = self.vcpu().scratch.lock().expect("no panic");
         let status = self.host().call(number, args, &scratch[..]);
         status.map_err(|status| CallError { status, value: 0 })

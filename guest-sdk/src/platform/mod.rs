@@ -11,10 +11,12 @@
 // UNSAFETY: `Platform` is an unsafe trait: drivers hand the addresses it gives out to a device.
 
 mod arena;
+mod executor;
 mod table;
 mod waiter;
 
 pub use arena::{Arena, DmaBuf, OutOfArena};
+pub use executor::block_on;
 pub use table::{DeviceInfo, DeviceTable};
 pub use waiter::Waiter;
 

@@ -1,6 +1,6 @@
 //! The entropy source (virtio 1.3 §5.4): one queue, whose buffers the device fills.
 
-use crate::device::{Buffer, Channel, Core, Error, OpenError, Ring};
+use crate::device::{Buffer, Channel, Core, Error, OpenError, Ring, agree_to_all};
 use crate::limits::RNG_BUFFER;
 use crate::platform::{DmaBuf, Platform};
 use alloc::sync::Arc;
@@ -32,7 +32,14 @@ impl<P: Platform> Rng<P> {
         let buf = arena.alloc(RNG_BUFFER)?;
         let rings = vec![Arc::clone(&channel) as Arc<dyn Ring>];
         let known = feature::VERSION_1 | feature::EVENT_IDX;
-        let core = Core::bring_up(platform, info, known, feature::VERSION_1, rings)?;
+        let core = Core::bring_up(
+            platform,
+            info,
+            known,
+            feature::VERSION_1,
+            agree_to_all(),
+            rings,
+        )?;
         Ok(Rng {
             core,
             channel,

@@ -68,6 +68,23 @@ pub enum Broken {
         /// Bytes that the device could write.
         room: u32,
     },
+    /// A request whose answer lies in several buffers, of which the device says a number that cannot
+    /// be, or has not completed all.
+    GroupCount {
+        /// The number that the device wrote.
+        said: u16,
+        /// Completions that are there.
+        here: u16,
+    },
+    /// An answer of a length that cannot be.
+    Answer {
+        /// Bytes that the device says it wrote.
+        len: u32,
+        /// Least and most that it can be.
+        least: u32,
+        /// See `least`.
+        most: u32,
+    },
 }
 
 impl core::fmt::Display for Broken {
@@ -89,6 +106,13 @@ impl core::fmt::Display for Broken {
                 f,
                 "completion of head {id} with {len} bytes written, of {room}"
             ),
+            Broken::GroupCount { said, here } => write!(
+                f,
+                "an answer in {said} buffers, of which {here} are completed"
+            ),
+            Broken::Answer { len, least, most } => {
+                write!(f, "an answer of {len} bytes, which has {least} to {most}")
+            }
         }
     }
 }

@@ -200,6 +200,32 @@ impl<T> DriverQueue<T> {
         Ok(Some(Used { data, written: len }))
     }
 
+    /// Requests that were added and not published.
+    pub fn unpublished(&self) -> u16 {
+        self.added.wrapping_sub(self.published)
+    }
+
+    /// Completions that can be taken now, as far as the device's index is to be believed.
+    ///
+    /// # Errors
+    ///
+    /// As [`pop`](Self::pop).
+    pub fn completed(&mut self) -> Result<u16, Broken> {
+        if let Some(broken) = self.broken {
+            return Err(broken);
+        }
+        self.seen = self.check_index()?;
+        Ok(self.seen.wrapping_sub(self.taken))
+    }
+
+    /// Breaks the queue for something that its owner found out; returns why it is broken.
+    pub fn condemn(&mut self, broken: Broken) -> Broken {
+        match self.broken {
+            Some(before) => before,
+            None => self.break_with(broken),
+        }
+    }
+
     /// Asks for a signal once `after` more completions are there (at most what is in flight), and
     /// returns whether the caller may sleep now; if not, completions are waiting.
     #[must_use = "the answer says whether sleeping loses a completion"]
