@@ -50,6 +50,7 @@ mod vm;
 
 pub use accel::{Accel, AccelError, SandboxReport};
 pub use device::block::BlockConfig;
+pub use device::net::NetConfig;
 pub use device::vhost_user::DeviceConfig;
 pub use fault::{
     ExitReason, Fault, FaultClass, GuestFault, PeerLost, Policy, Registers, Violation,

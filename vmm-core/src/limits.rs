@@ -39,6 +39,14 @@ pub const RECONNECT_PAUSE_IN_USE: Duration = Duration::from_millis(100);
 pub const STEADY_CONNECTION: Duration = Duration::from_secs(2);
 /// How long a killed backend may take to die before the library stops waiting for it.
 pub const BACKEND_DEATH: Duration = Duration::from_secs(2);
+/// Bytes of a message that a backend sends unasked; the longest that there is has some 40.
+pub const MAX_NOTICE: usize = 4096;
+/// Such messages that are taken before the link looks at anything else.
+pub const NOTICES_AT_ONCE: usize = 16;
+/// Least and most MTU of a network card: what IPv4 needs, and what fits the field.
+pub const MIN_MTU: u16 = 68;
+/// Most MTU of a network card.
+pub const MAX_MTU: u16 = u16::MAX;
 /// Console input that waits for the guest, in bytes; more is refused to the embedder.
 pub const MAX_CONSOLE_INPUT: usize = 64 << 10;
 /// Console output that one chain may carry, in bytes.

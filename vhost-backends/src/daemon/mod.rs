@@ -4,7 +4,7 @@
 //! In comes a command line; out goes an exit code. Errors of the user are one sentence on
 //! standard error. Everything is opened first, then the sandbox is entered, then served.
 //!
-//! What one kind of daemon has of its own is a [`Fleet`] and the way to open it; the rest is here
+//! What one kind of daemon has of its own is a `Fleet` and the way to open it; the rest is here
 //! for all of them.
 //!
 //! | file | what it does |

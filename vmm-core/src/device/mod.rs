@@ -3,23 +3,29 @@
 //! A [`Slot`] is one entry of the device table. It owns the state (absent, negotiated, active,
 //! needs-reset), freezes the queues at activation, and is the only place that writes the entry.
 //! What serves the queues is a [`Backend`]: an event loop of this process ([`console`], [`rng`]), or
-//! who is at the other end of a vhost-user socket ([`vhost_user`], for [`block`]).
+//! who is at the other end of a vhost-user socket ([`vhost_user`], for [`block`] and [`net`]).
 
 pub(crate) mod block;
 pub(crate) mod console;
 pub(crate) mod local;
+pub(crate) mod net;
 pub(crate) mod rng;
 mod setup;
+#[cfg(test)]
+mod tests;
 pub(crate) mod vhost_user;
 
 pub(crate) use setup::{QueueConfig, Setup};
 
 use crate::memory::{Arena, GuestMemory};
 use crate::vm::events::{EventTable, signal};
-use pv_abi::device::{DeviceEntry, DeviceState};
+use crate::vm::stats::Counters;
+use net::LinkStatus;
+use pv_abi::device::{DeviceEntry, DeviceState, kind};
 use pv_abi::layout::{DEVICE_TABLE_BASE, VMM_BASE};
 use pv_abi::limits::MAX_CONFIG;
 use pv_abi::status::Status;
+use pv_abi::virtio::net::feature::GUEST_ANNOUNCE;
 use std::io;
 use std::mem::offset_of;
 use std::sync::atomic::{Ordering, fence};
@@ -52,6 +58,14 @@ pub(crate) trait Backend: Send {
     fn reset(&mut self) -> io::Result<()>;
     /// Writes configuration space.
     fn config_write(&mut self, offset: u32, bytes: &[u8]) -> Result<(), Status>;
+    /// What it offers now, if that can change; the features are those of before.
+    fn offer(&mut self) -> io::Result<Option<Offer>> {
+        Ok(None)
+    }
+    /// Says on the network where the card with this address is now, for a guest that cannot.
+    fn announce(&mut self, _mac: [u8; 6]) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// What never changes about a device.
@@ -75,6 +89,22 @@ struct SlotState {
     /// A backend that is gone may still be touching the queues; resets wait until it is known not to.
     undrained: bool,
     waiting: Vec<(u32, u32)>,
+    /// What the VMM itself says in configuration space; for network cards.
+    link: Option<LinkStatus>,
+}
+
+impl SlotState {
+    /// Configuration space as the guest sees it.
+    fn config(&self) -> [u8; MAX_CONFIG] {
+        let mut config = [0; MAX_CONFIG];
+        for (to, from) in config.iter_mut().zip(&self.offer.config) {
+            *to = *from;
+        }
+        if let Some(link) = self.link {
+            link.apply(self.offer.features, &mut config);
+        }
+        config
+    }
 }
 
 /// One entry of the device table.
@@ -82,6 +112,7 @@ pub(crate) struct Slot {
     pub(crate) info: DeviceInfo,
     pub(crate) io: DeviceIo,
     memory: Arc<GuestMemory>,
+    counters: Arc<Counters>,
     state: Mutex<SlotState>,
 }
 
@@ -89,7 +120,12 @@ pub(crate) struct Slot {
 pub(crate) type WaitFor<'a> = &'a dyn Fn(u32, u32, bool) -> io::Result<()>;
 
 impl Slot {
-    pub(crate) fn new(info: DeviceInfo, io: DeviceIo, memory: Arc<GuestMemory>) -> Slot {
+    pub(crate) fn new(
+        info: DeviceInfo,
+        io: DeviceIo,
+        memory: Arc<GuestMemory>,
+        counters: Arc<Counters>,
+    ) -> Slot {
         let state = SlotState {
             state: DeviceState::Absent,
             generation: 0,
@@ -98,11 +134,13 @@ impl Slot {
             backend: None,
             undrained: false,
             waiting: Vec::new(),
+            link: (info.kind == kind::NET).then_some(LinkStatus::NEW),
         };
         Slot {
             info,
             io,
             memory,
+            counters,
             state: Mutex::new(state),
         }
     }
@@ -124,6 +162,12 @@ impl Slot {
         state.undrained = false;
         if state.state == DeviceState::Absent {
             state.state = DeviceState::Negotiated;
+        }
+        if state.generation > 0
+            && let Some(link) = &mut state.link
+        {
+            // It was in use behind another backend.
+            link.announce = true;
         }
         self.publish(&state)?;
         self.config_event(&state)
@@ -151,6 +195,36 @@ impl Slot {
         self.publish(&state)?;
         self.config_event(&state)?;
         Ok(in_use)
+    }
+
+    /// The backend's configuration has changed: the guest is told, if it makes a difference.
+    pub(crate) fn refresh(&self) -> io::Result<()> {
+        let mut state = self.lock();
+        let Some(backend) = state.backend.as_mut() else {
+            return Ok(());
+        };
+        match backend.offer()? {
+            Some(offer) if offer.config != state.offer.config => {
+                state.offer.config = offer.config;
+                self.publish(&state)?;
+                self.config_event(&state)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes a network card's link up or down. `false`: it is no network card.
+    pub(crate) fn set_link(&self, up: bool) -> io::Result<bool> {
+        let mut state = self.lock();
+        let Some(link) = &mut state.link else {
+            return Ok(false);
+        };
+        if link.up != up {
+            link.up = up;
+            self.publish(&state)?;
+            self.config_event(&state)?;
+        }
+        Ok(true)
     }
 
     /// `DEVICE_ACTIVATE`: freezes the queues and has them served.
@@ -207,6 +281,14 @@ impl Slot {
         state.state = DeviceState::Active;
         state.generation = state.generation.wrapping_add(1);
         let generation = state.generation;
+        if let Some(link) = &mut state.link
+            && setup.features & GUEST_ANNOUNCE == 0
+            && std::mem::take(&mut link.announce)
+            && let Some(mac) = net::mac(&state.offer.config)
+            && let Err(error) = backend.announce(mac)
+        {
+            tracing::debug!(device = self.info.index, %error, "not announced");
+        }
         self.publish(&guard).map_err(|_| Status::HostError)?;
         Ok(generation)
     }
@@ -225,6 +307,10 @@ impl Slot {
                 return Err(Status::Again);
             }
             state.generation = state.generation.wrapping_add(1);
+            if let Some(link) = &mut state.link {
+                // The driver has seen it.
+                link.announce = false;
+            }
         }
         if state.undrained {
             // The configuration event will say when to try again.
@@ -286,10 +372,6 @@ impl Slot {
         for (to, from) in name.iter_mut().zip(self.info.name.bytes()) {
             *to = from;
         }
-        let mut config = [0; MAX_CONFIG];
-        for (to, from) in config.iter_mut().zip(&state.offer.config) {
-            *to = *from;
-        }
         let entry = DeviceEntry {
             kind: self.info.kind,
             state: state.state.code(),
@@ -305,7 +387,7 @@ impl Slot {
             config_len: config_len(&state.offer),
             name,
             reserved: [0; 32],
-            config,
+            config: state.config(),
             padding: [0; 136],
         };
         self.memory.vmm.write(self.offset(), &entry)
@@ -321,11 +403,7 @@ impl Slot {
         let odd = seq.load(Ordering::Relaxed) | 1;
         seq.store(odd, Ordering::Relaxed);
         fence(Ordering::Release);
-        let mut config = [0; MAX_CONFIG];
-        for (to, from) in config.iter_mut().zip(&state.offer.config) {
-            *to = *from;
-        }
-        vmm.write(at + offset_of!(DeviceEntry, config) as u64, &config)?;
+        vmm.write(at + offset_of!(DeviceEntry, config) as u64, &state.config())?;
         vmm.write(
             at + offset_of!(DeviceEntry, features) as u64,
             &state.offer.features,
@@ -344,6 +422,7 @@ impl Slot {
 
     fn config_event(&self, state: &SlotState) -> io::Result<()> {
         let event = self.info.event_base + u32::from(self.info.queue_count);
+        self.counters.config_events.add(1);
         if state.config_vcpu.is_none() {
             // Nobody has said who waits: whoever is idle on vCPU 0 looks again.
             return self.io.events.wake(0).map_or(Ok(()), signal);

@@ -12,6 +12,7 @@ use crate::accel::{Accel, AccelError, AccelInput, Reporter, Vcpu};
 use crate::device::block::BlockConfig;
 use crate::device::console::{Console, Input, Output};
 use crate::device::local::{LocalEndpoint, LocalThread, Starter};
+use crate::device::net::NetConfig;
 use crate::device::rng::Rng;
 use crate::device::vhost_user::link::{EventSink, Reports};
 use crate::device::vhost_user::{Link, Remote};
@@ -198,8 +199,16 @@ impl VmBuilder {
         self
     }
 
-    /// A block device. May be given more than once; the guest sees them in this order.
+    /// A block device. May be given more than once; the guest sees them, and network cards, in this
+    /// order.
     pub fn block(mut self, config: BlockConfig) -> VmBuilder {
+        self.remotes.push(config.any());
+        self
+    }
+
+    /// A network card. May be given more than once; the guest sees them, and block devices, in this
+    /// order.
+    pub fn net(mut self, config: NetConfig) -> VmBuilder {
         self.remotes.push(config.any());
         self
     }
@@ -284,6 +293,9 @@ impl VmBuilder {
             MAX_ARENAS.into(),
         )?;
         for remote in &mut self.remotes {
+            if let Err((what, value, low, high)) = remote.model.check() {
+                range(what, value, low, high)?;
+            }
             range(
                 "the number of queues",
                 remote.model.queues().into(),
@@ -355,9 +367,9 @@ impl VmBuilder {
         let map = Arc::new(map);
         let queue_counts: Vec<u16> = wants.iter().map(|w| w.queues).collect();
         let events = Arc::new(EventTable::new(&queue_counts, self.vcpus)?);
-        let devices = slots(&wants, &memory, &events, in_process)?;
         let numbers = CORE_NUMBERS.into_iter().chain(self.registry.numbers());
         let counters = Arc::new(Counters::new(numbers));
+        let devices = slots(&wants, &memory, &events, &counters, in_process)?;
         let shared = Arc::new(Shared::new(SharedParts {
             memory: Arc::clone(&memory),
             map: Arc::clone(&map),
@@ -510,6 +522,7 @@ fn slots(
     wants: &[Wanted],
     memory: &Arc<GuestMemory>,
     events: &Arc<EventTable>,
+    counters: &Arc<Counters>,
     local: bool,
 ) -> io::Result<Vec<Arc<Slot>>> {
     let mut event_base = 0;
@@ -534,7 +547,8 @@ fn slots(
             event_base,
         };
         event_base += u32::from(want.queues) + 1;
-        slots.push(Arc::new(Slot::new(info, io, Arc::clone(memory))));
+        let (memory, counters) = (Arc::clone(memory), Arc::clone(counters));
+        slots.push(Arc::new(Slot::new(info, io, memory, counters)));
     }
     Ok(slots)
 }

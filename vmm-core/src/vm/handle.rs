@@ -251,6 +251,22 @@ impl VmHandle {
         Some(self.shared.devices.get(index)?.state())
     }
 
+    /// Takes the link of the network card at this index of the device table up or down.
+    ///
+    /// The guest is told, as by a cable that is pulled. What a guest that does not care sends goes
+    /// on to the backend all the same; to cut it off, have the backend's link taken down. The link
+    /// is up where both say so.
+    ///
+    /// # Errors
+    /// [`VmError::NoDevice`] if there is no network card at this index.
+    pub fn set_link(&self, index: usize, up: bool) -> Result<(), VmError> {
+        match self.shared.devices.get(index).map(|d| d.set_link(up)) {
+            Some(Ok(true)) => Ok(()),
+            Some(Err(error)) => Err(error.into()),
+            Some(Ok(false)) | None => Err(VmError::NoDevice("network card there")),
+        }
+    }
+
     /// Process IDs of the supervised backends, in the order of the devices that have a vhost-user
     /// backend; 0 for one that is no process of the VMM's, or not there now.
     pub fn backend_pids(&self) -> Vec<u32> {

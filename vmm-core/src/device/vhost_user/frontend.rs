@@ -1,15 +1,17 @@
-//! One connection to a backend: handshake, activation, reset.
+//! One connection to a backend: handshake, activation, reset, and its configuration read again.
 
 use super::deadline::Deadline;
+use super::notices::Notices;
 use super::{Model, Served};
 use crate::device::{Backend, DeviceIo, Offer, QueueConfig, Setup};
 use crate::limits::BACKEND_DEADLINE;
 use pv_abi::status::Status;
 use pv_abi::virtio::feature;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
@@ -23,11 +25,28 @@ const LOG_ALL: u64 = 1 << 26;
 /// Everything but packed rings, as the ABI's queue set-up describes split ones, and what is for the
 /// frontend alone: the dirty log and the protocol features' own bit.
 const PASSED_ON: u64 = !(feature::RING_PACKED | LOG_ALL | 1 << 30);
+/// Protocol features that this frontend has a use for.
+const WANTED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
+    .union(VhostUserProtocolFeatures::MQ)
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(VhostUserProtocolFeatures::MTU)
+    .union(VhostUserProtocolFeatures::RARP);
+
+/// The version that every message says.
+const VERSION: u32 = 1;
+/// The MTU that the guest is told.
+const NET_SET_MTU: u32 = 20;
+/// The network is to learn where a card is now.
+const SEND_RARP: u32 = 19;
+
 /// A backend that has shaken hands.
 pub(super) struct VhostUser {
     frontend: Frontend,
     stream: UnixStream,
     protocol: VhostUserProtocolFeatures,
+    model: Arc<dyn Model>,
+    served: Served,
     active: usize,
 }
 
@@ -35,8 +54,8 @@ impl VhostUser {
     /// Shakes hands over a connected socket.
     pub(super) fn handshake(
         stream: UnixStream,
-        model: &dyn Model,
-    ) -> io::Result<(VhostUser, Offer)> {
+        model: Arc<dyn Model>,
+    ) -> io::Result<(VhostUser, Offer, Option<Notices>)> {
         let _deadline = Deadline::start(&stream, BACKEND_DEADLINE)?;
         let kept = stream.try_clone()?;
         let mut frontend = Frontend::from_stream(stream, u64::from(model.queues()));
@@ -52,13 +71,14 @@ impl VhostUser {
                 "the backend does not offer protocol features",
             ));
         }
-        let wanted = VhostUserProtocolFeatures::CONFIG
-            | VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK;
-        let protocol = wanted
+        let mut protocol = WANTED
             & frontend
                 .get_protocol_features()
                 .map_err(step("GET_PROTOCOL_FEATURES"))?;
+        if !protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+            // What it would tell is a change of configuration.
+            protocol.remove(VhostUserProtocolFeatures::BACKEND_REQ);
+        }
         frontend
             .set_protocol_features(protocol)
             .map_err(step("SET_PROTOCOL_FEATURES"))?;
@@ -70,29 +90,81 @@ impl VhostUser {
         } else {
             1
         };
+        // Before the configuration is read: a change after that will be told.
+        let notices = if protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+            let (notices, theirs) = Notices::channel()?;
+            match frontend.set_backend_request_fd(&theirs) {
+                Ok(()) => Some(notices),
+                Err(error) => {
+                    // It can be done without, if it was only refused.
+                    tracing::debug!(%error, "SET_BACKEND_REQ_FD");
+                    None
+                }
+            }
+        } else {
+            None
+        };
         let config = if protocol.contains(VhostUserProtocolFeatures::CONFIG) {
             Some(read_config(&mut frontend, model.config_lens())?)
         } else {
             None
         };
-        let offer = model.offer(&Served {
+        let served = Served {
             features: offered & PASSED_ON,
             queues,
             config,
-        })?;
-        Ok((
-            VhostUser {
-                frontend,
-                stream: kept,
-                protocol,
-                active: 0,
-            },
-            offer,
-        ))
+        };
+        let offer = model.offer(&served)?;
+        let backend = VhostUser {
+            frontend,
+            stream: kept,
+            protocol,
+            model,
+            served,
+            active: 0,
+        };
+        if let Some(mtu) = backend.model.mtu()
+            && protocol.contains(VhostUserProtocolFeatures::MTU)
+        {
+            backend.say(NET_SET_MTU, u64::from(mtu)).map_err(|error| {
+                io::Error::other(format!("vhost-user NET_SET_MTU to {mtu}: {error}"))
+            })?;
+        }
+        Ok((backend, offer, notices))
+    }
+
+    /// Sends a message of eight bytes that the `vhost` crate has no call for, inside a deadline.
+    fn say(&self, request: u32, value: u64) -> io::Result<()> {
+        let ack = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        let flags = VERSION
+            | if ack {
+                VhostUserHeaderFlag::NEED_REPLY.bits()
+            } else {
+                0
+            };
+        let head = |flags: u32| [request, flags, 8].map(u32::to_ne_bytes).concat();
+        let message = [head(flags), value.to_ne_bytes().to_vec()].concat();
+        (&self.stream).write_all(&message)?;
+        if !ack {
+            return Ok(());
+        }
+        let mut answer = [0; 20];
+        (&self.stream).read_exact(&mut answer)?;
+        let done = [
+            head(VERSION | VhostUserHeaderFlag::REPLY.bits()),
+            0u64.to_ne_bytes().to_vec(),
+        ];
+        if answer.as_slice() == done.concat() {
+            Ok(())
+        } else {
+            Err(io::Error::other("refused"))
+        }
     }
 
     fn start(&mut self, setup: &Setup, io: &DeviceIo) -> io::Result<()> {
-        let features = setup.features | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        // Some features are the VMM's own business, and not the backend's.
+        let features = setup.features & self.served.features
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         self.frontend
             .set_features(features)
             .map_err(step("SET_FEATURES"))?;
@@ -205,5 +277,27 @@ impl Backend for VhostUser {
         self.frontend
             .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
             .map_err(|_| Status::NotSupported)
+    }
+
+    fn offer(&mut self) -> io::Result<Option<Offer>> {
+        if self.served.config.is_none() {
+            return Ok(None);
+        }
+        let _deadline = Deadline::start(&self.stream, BACKEND_DEADLINE)?;
+        let config = read_config(&mut self.frontend, self.model.config_lens());
+        self.served.config = Some(config.inspect_err(|_| self.hang_up())?);
+        self.model
+            .offer(&self.served)
+            .map(Some)
+            .inspect_err(|_| self.hang_up())
+    }
+
+    fn announce(&mut self, mac: [u8; 6]) -> io::Result<()> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::RARP) {
+            return Ok(());
+        }
+        let _deadline = Deadline::start(&self.stream, BACKEND_DEADLINE)?;
+        let [a, b, c, d, e, f] = mac;
+        self.say(SEND_RARP, u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]))
     }
 }

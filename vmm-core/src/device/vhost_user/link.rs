@@ -1,6 +1,7 @@
 //! Keeping a backend behind a device: spawn or connect, notice loss, start over.
 
 use super::frontend::VhostUser;
+use super::notices::Notices;
 use super::spawn::{BackendProcess, connect};
 use super::thread::BackendThread;
 use super::{Remote, Source};
@@ -24,9 +25,11 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Marks the order to stop among the epoll's data; the peer is the other.
+/// What woke a link, as bits among the epoll's data: the order to stop, the peer's end, and what the
+/// peer has to say.
 const STOP: u64 = 1;
 const PEER: u64 = 2;
+const NOTICE: u64 = 4;
 
 /// Where an embedder hears of losses and reconnects.
 pub(crate) type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;
@@ -97,6 +100,8 @@ enum Peer {
 struct Connection {
     peer: Peer,
     stream: UnixStream,
+    /// What it says unasked.
+    notices: Option<Notices>,
     since: Instant,
 }
 
@@ -181,9 +186,9 @@ impl Keeper {
         };
         let mut pause = RECONNECT_PAUSE.0;
         loop {
-            if let Some(connection) = connected.take() {
+            if let Some(mut connection) = connected.take() {
                 let since = connection.since;
-                if self.wait_for_loss(&connection.stream) {
+                if self.wait_for_loss(&mut connection) {
                     return self.end(connection);
                 }
                 let Some(in_use) = self.lose(connection) else {
@@ -299,7 +304,8 @@ impl Keeper {
             Source::Socket(path) => (Peer::Foreign, connect(path)?),
         };
         self.control.publish(&stream)?;
-        let (backend, offer) = VhostUser::handshake(stream.try_clone()?, &*self.config.model)?;
+        let model = Arc::clone(&self.config.model);
+        let (backend, offer, notices) = VhostUser::handshake(stream.try_clone()?, model)?;
         if let Peer::Process(process) = &peer {
             self.control.pid.store(process.id(), Ordering::Relaxed);
         }
@@ -307,6 +313,7 @@ impl Keeper {
             Connection {
                 peer,
                 stream,
+                notices,
                 since: Instant::now(),
             },
             backend,
@@ -315,40 +322,79 @@ impl Keeper {
     }
 
     /// Waits until the peer hangs up. `true`: told to stop instead.
-    fn wait_for_loss(&self, stream: &UnixStream) -> bool {
-        // What the peer sends is the replies that the frontend waits for; only its end is news here.
-        let event = EpollEvent::new(EventSet::READ_HANG_UP, PEER);
-        if let Err(error) = self
-            .epoll
-            .ctl(ControlOperation::Add, stream.as_raw_fd(), event)
-        {
+    fn wait_for_loss(&self, connection: &mut Connection) -> bool {
+        // On the connection itself, what the peer sends is the replies that the frontend waits for;
+        // only its end is news here.
+        let peer = self.watch(&connection.stream, EventSet::READ_HANG_UP, PEER);
+        let notices = connection.notices.as_ref();
+        let watched = peer.and_then(|()| {
+            notices.map_or(Ok(()), |notices| self.watch(notices, EventSet::IN, NOTICE))
+        });
+        if let Err(error) = watched {
             tracing::error!(%error, "the backend cannot be watched; starting it anew");
             return false;
         }
-        let stop = self.wait(None);
+        let stop = loop {
+            let woken = self.wait(None);
+            if woken & (STOP | PEER) != 0 {
+                break woken & STOP != 0;
+            }
+            self.hear(&mut connection.notices);
+        };
+        self.forget(&connection.stream);
+        connection.notices = None;
+        stop
+    }
+
+    /// Takes what the backend has said unasked. A channel that is of no more use is closed.
+    fn hear(&self, notices: &mut Option<Notices>) {
+        let Some(channel) = notices else {
+            return;
+        };
+        match channel.take() {
+            Ok(false) => {}
+            Ok(true) => {
+                if let Err(error) = self.slot.refresh() {
+                    tracing::debug!(%error, "the configuration cannot be read again");
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the backend's own channel is closed");
+                self.forget(channel);
+                *notices = None;
+            }
+        }
+    }
+
+    fn watch(&self, fd: &impl AsRawFd, events: EventSet, data: u64) -> io::Result<()> {
+        let event = EpollEvent::new(events, data);
+        self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
+    }
+
+    fn forget(&self, fd: &impl AsRawFd) {
         let gone = EpollEvent::default();
         let _ = self
             .epoll
-            .ctl(ControlOperation::Delete, stream.as_raw_fd(), gone);
-        stop
+            .ctl(ControlOperation::Delete, fd.as_raw_fd(), gone);
     }
 
     /// Sleeps. `true`: told to stop.
     fn sleep(&self, pause: Duration) -> bool {
-        self.wait(Some(pause))
+        self.wait(Some(pause)) & STOP != 0
     }
 
-    /// Waits for the peer's end, a time limit, or the order to stop, which is what `true` means.
-    fn wait(&self, limit: Option<Duration>) -> bool {
+    /// Waits for one of [`STOP`], [`PEER`] and [`NOTICE`], or until a time limit; which they were.
+    fn wait(&self, limit: Option<Duration>) -> u64 {
         let millis = limit.map_or(-1, |l| i32::try_from(l.as_millis()).unwrap_or(i32::MAX));
-        let mut ready = [EpollEvent::default(); 2];
+        let mut ready = [EpollEvent::default(); 3];
         loop {
             match self.epoll.wait(millis, &mut ready) {
-                Ok(count) => return ready.iter().take(count).any(|e| e.data() == STOP),
+                Ok(count) => return ready.iter().take(count).fold(0, |all, e| all | e.data()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     tracing::error!(%error, "epoll");
-                    return self.control.stopping.load(Ordering::Acquire);
+                    let stopping = self.control.stopping.load(Ordering::Acquire);
+                    return if stopping { STOP } else { PEER };
                 }
             }
         }

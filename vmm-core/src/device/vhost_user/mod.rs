@@ -3,12 +3,14 @@
 //! A [`Model`] is what one kind of device has of its own: queues, and what the guest is offered.
 //! Everything else is here, once. [`link`] keeps a backend behind the device: it starts a process
 //! ([`spawn`]) or a thread ([`thread`]) or connects, shakes hands, notices loss and starts over.
-//! [`frontend`] turns activation and reset into messages, each conversation with a [`deadline`].
+//! [`frontend`] turns activation and reset into messages, each conversation with a [`deadline`];
+//! [`notices`] hears what the backend says by itself.
 //! The memory table that a backend gets holds this device's arena and nothing else.
 
 mod deadline;
 mod frontend;
 pub(crate) mod link;
+mod notices;
 mod spawn;
 mod thread;
 
@@ -55,8 +57,16 @@ pub trait Model: Debug + Send + Sync + 'static {
     fn queues(&self) -> u16;
     /// Lengths of configuration space that backends answer, the one to ask for first in front.
     fn config_lens(&self) -> &'static [usize];
+    /// A setting that is out of its range: what it is, its value, least and most.
+    fn check(&self) -> Result<(), (&'static str, u64, u64, u64)> {
+        Ok(())
+    }
     /// What the guest is offered, given what the backend offers.
     fn offer(&self, served: &Served) -> io::Result<Offer>;
+    /// The MTU that the backend is told.
+    fn mtu(&self) -> Option<u16> {
+        None
+    }
 }
 
 /// What a backend has said that it offers.

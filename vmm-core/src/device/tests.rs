@@ -1,0 +1,199 @@
+//! The slot of a network card, with a backend that only remembers.
+
+use super::*;
+use crate::memory::{MemoryPlan, Region};
+use pv_abi::layout::ARENA_BASE;
+use pv_abi::virtio::net::{Config, status};
+use zerocopy::{FromBytes, IntoBytes};
+
+const MAC: [u8; 6] = [2, 3, 4, 5, 6, 7];
+
+/// What a card's backend was told, and the status that it shows.
+#[derive(Default)]
+struct Said {
+    announced: Vec<[u8; 6]>,
+    status: u16,
+}
+
+struct Card(Arc<Mutex<Said>>);
+
+fn config(status: u16) -> Vec<u8> {
+    let config = Config {
+        mac: MAC,
+        status,
+        ..Config::default()
+    };
+    config.as_bytes().to_vec()
+}
+
+fn offer(status: u16) -> Offer {
+    Offer {
+        features: GUEST_ANNOUNCE,
+        config: config(status),
+    }
+}
+
+impl Backend for Card {
+    fn activate(&mut self, _: &Setup, _: &DeviceIo) -> io::Result<()> {
+        Ok(())
+    }
+    fn reset(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn config_write(&mut self, _: u32, _: &[u8]) -> Result<(), Status> {
+        Err(Status::NotSupported)
+    }
+    fn offer(&mut self) -> io::Result<Option<Offer>> {
+        Ok(Some(offer(self.0.lock().unwrap().status)))
+    }
+    fn announce(&mut self, mac: [u8; 6]) -> io::Result<()> {
+        self.0.lock().unwrap().announced.push(mac);
+        Ok(())
+    }
+}
+
+struct Fixture {
+    slot: Slot,
+    said: Arc<Mutex<Said>>,
+}
+
+fn slot(kind: u32) -> Fixture {
+    let plan = MemoryPlan {
+        private: crate::limits::MIN_MEMORY,
+        shared_private: false,
+        shared_vmm: false,
+        huge_pages: false,
+        prefault: false,
+        huge_from: 0,
+    };
+    let memory = Arc::new(GuestMemory::new(&plan, &[]).unwrap());
+    let info = DeviceInfo {
+        index: 0,
+        kind,
+        name: "card".into(),
+        arena: 0,
+        event_base: 0,
+        queue_count: 3,
+        max_queue_size: 64,
+    };
+    let region = Arc::new(Region::new(2 << 20, crate::memory::Backing::Anonymous).unwrap());
+    let io = DeviceIo {
+        arena: Arena {
+            gpa: ARENA_BASE,
+            region,
+        },
+        events: Arc::new(EventTable::new(&[3], 1).unwrap()),
+        event_base: 0,
+    };
+    let slot = Slot::new(info, io, memory, Arc::new(Counters::new([])));
+    slot.publish_initial().unwrap();
+    Fixture {
+        slot,
+        said: Arc::default(),
+    }
+}
+
+impl Fixture {
+    fn ready(&self) {
+        let card = Box::new(Card(Arc::clone(&self.said)));
+        self.slot
+            .backend_ready(card, offer(status::LINK_UP))
+            .unwrap();
+    }
+
+    fn activate(&self, features: u64) {
+        let setup = Setup {
+            features,
+            config_vcpu: 0,
+            queues: Vec::new(),
+        };
+        self.slot.activate(setup, &|_, _, _| Ok(())).unwrap();
+    }
+
+    /// The status that the guest sees.
+    fn status(&self) -> u16 {
+        let entry: DeviceEntry = self.slot.memory.vmm.read(self.slot.offset()).unwrap();
+        Config::read_from_prefix(&entry.config).unwrap().0.status
+    }
+
+    /// Whether there was a configuration event since the last look.
+    fn told(&self) -> bool {
+        self.slot.io.events.call(3).unwrap().read().is_ok()
+    }
+}
+
+#[test]
+fn a_link_goes_down_and_up_and_the_guest_is_told_once() {
+    let card = slot(kind::NET);
+    card.ready();
+    card.activate(0);
+    let _ = card.told();
+    assert_eq!(card.status(), status::LINK_UP);
+    for (up, seen) in [(false, 0), (true, status::LINK_UP)] {
+        assert!(card.slot.set_link(up).unwrap());
+        assert_eq!(card.status(), seen);
+        assert!(card.told());
+        assert!(card.slot.set_link(up).unwrap());
+        assert!(!card.told(), "told of nothing");
+    }
+    // What the embedder wants outlives the backend.
+    card.slot.set_link(false).unwrap();
+    card.slot.backend_lost(true).unwrap();
+    card.ready();
+    assert_eq!(card.status() & status::LINK_UP, 0);
+}
+
+#[test]
+fn a_change_that_the_backend_tells_of_reaches_the_guest() {
+    let card = slot(kind::NET);
+    card.slot.refresh().unwrap();
+    card.ready();
+    card.activate(0);
+    let _ = card.told();
+    card.slot.refresh().unwrap();
+    assert_eq!((card.status(), card.told()), (0, true));
+    card.slot.refresh().unwrap();
+    assert!(!card.told(), "nothing changed");
+    card.said.lock().unwrap().status = status::LINK_UP;
+    card.slot.set_link(false).unwrap();
+    card.slot.refresh().unwrap();
+    assert_eq!(card.status(), 0, "up where both say so");
+}
+
+#[test]
+fn after_a_loss_the_guest_announces_itself_or_the_backend_does() {
+    let card = slot(kind::NET);
+    card.ready();
+    card.activate(GUEST_ANNOUNCE);
+    assert_eq!(
+        card.status(),
+        status::LINK_UP,
+        "a new card is not announced"
+    );
+    for _ in 0..2 {
+        card.slot.backend_lost(true).unwrap();
+        card.ready();
+        card.slot.reset().unwrap();
+        card.activate(GUEST_ANNOUNCE);
+        assert_eq!(card.status(), status::LINK_UP | status::ANNOUNCE);
+    }
+    assert!(card.said.lock().unwrap().announced.is_empty());
+    card.slot.reset().unwrap();
+    assert_eq!(card.status(), status::LINK_UP, "it was told by now");
+    card.activate(0);
+    assert!(card.said.lock().unwrap().announced.is_empty());
+    card.slot.backend_lost(true).unwrap();
+    card.ready();
+    card.slot.reset().unwrap();
+    card.activate(0);
+    assert_eq!(card.said.lock().unwrap().announced, [MAC]);
+    assert_eq!(card.slot.counters.snapshot().config_events, 7);
+}
+
+#[test]
+fn only_network_cards_have_a_link() {
+    let disk = slot(kind::BLOCK);
+    disk.ready();
+    assert!(!disk.slot.set_link(false).unwrap());
+    assert_eq!(disk.status(), status::LINK_UP);
+}
