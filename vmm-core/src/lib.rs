@@ -22,11 +22,12 @@
 //! ```
 //!
 //! The library never prints, never exits, and installs no signal handler. It starts threads of its
-//! own (one per vCPU, one per backend, one for in-process devices), and on kvm it sends its vCPU
-//! threads the real-time signal `SIGRTMIN + 7`, blocked in those threads and admitted only inside
-//! `KVM_RUN`. On process, and for spawned backends, it has child processes: an embedder that waits for
-//! *any* child (`waitpid(-1)`) must do so with `__WNOTHREAD`, or it takes their ends away from the
-//! library. A `VmHandle` is not dropped or waited for inside a callback of its own VM.
+//! own (one per vCPU, the first of them in `build`; one per backend; one for in-process devices), and
+//! on kvm it sends its vCPU threads the real-time signal `SIGRTMIN + 7`, blocked in those threads and
+//! admitted only inside `KVM_RUN`. On process, and for spawned backends, it has child processes: an
+//! embedder that waits for *any* child (`waitpid(-1)`) must do so with `__WNOTHREAD`, or it takes their
+//! ends away from the library. A `VmHandle` is not dropped or waited for inside a callback of its own
+//! VM.
 //!
 //! | room | what happens there |
 //! |---|---|

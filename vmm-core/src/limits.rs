@@ -59,6 +59,9 @@ pub const DEVICE_BATCH: usize = 64;
 pub const VCPU_KICK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause between repeated kicks of a vCPU that has not left the guest yet.
 pub const VCPU_KICK_PAUSE: Duration = Duration::from_millis(20);
+/// How long the first vCPU's thread looks for `run` before it sleeps: a VM is most often run as soon
+/// as it is built, and being woken on an idle CPU costs a good part of this.
+pub const RUN_LOOK: Duration = Duration::from_micros(100);
 /// How often the clock page is updated while the VM runs.
 pub const CLOCK_UPDATE: Duration = Duration::from_secs(2);
 /// How long the sandboxed process may take to report that it is ready.

@@ -13,6 +13,7 @@ use crate::memory::map::AddressMap;
 use crate::vm::events::EventTable;
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 /// Which accel runs a VM.
@@ -107,6 +108,14 @@ impl Accel {
         }
     }
 
+    /// The signal that makes a vCPU thread leave the guest, if that is how this accel does it.
+    pub(crate) fn kick_signal(self) -> Option<libc::c_int> {
+        match self {
+            Accel::Kvm => Some(kvm::kick_signal()),
+            Accel::Process => None,
+        }
+    }
+
     /// The number in the boot block.
     pub(crate) fn abi_code(self) -> u32 {
         match self {
@@ -189,8 +198,6 @@ pub(crate) trait Reporter: Send + Sync {
 
 /// One VM on one accel.
 pub(crate) trait AccelVm: Send + Sync {
-    /// The signal that makes a vCPU thread leave the guest, if that is how this accel does it.
-    fn kick_signal(&self) -> Option<libc::c_int>;
     /// Answers this doorbell without a VMM exit from now on. Not all accels need to.
     fn watch_doorbell(&self, doorbell: u32) -> io::Result<()>;
     /// Lets this vCPU's `idle` return on this event from now on, or no longer.
@@ -206,13 +213,22 @@ pub(crate) trait AccelVm: Send + Sync {
     fn sandbox_report(&self) -> SandboxReport;
 }
 
+/// Makes the first vCPU, on the thread that is going to run it; `None` if that failed, which it has
+/// told whoever sent it.
+pub(crate) type MakeVcpu = Box<dyn FnOnce() -> Option<Box<dyn Vcpu>> + Send>;
+
+/// Starts the first vCPU's thread. Which moment is the best for it is the accel's to know.
+pub(crate) type StartFirst = Box<dyn FnOnce() -> io::Result<Sender<MakeVcpu>>>;
+
 /// What an accel is made from.
 pub(crate) struct AccelInput {
     pub(crate) vcpus: u32,
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) map: Arc<AddressMap>,
     pub(crate) events: Arc<EventTable>,
+    /// Starts the first vCPU's thread, which then waits for what makes its vCPU.
+    pub(crate) first: StartFirst,
 }
 
-/// A VM and its vCPUs, in order of their indices.
+/// A VM and its vCPUs but the first, in order of their indices.
 pub(crate) type Parts = (Arc<dyn AccelVm>, Vec<Box<dyn Vcpu>>);

@@ -7,6 +7,7 @@ use super::events::EventTable;
 use super::handle::{VmError, VmHandle};
 use super::shared::{LogSink, Shared, SharedParts};
 use super::stats::Counters;
+use super::threads;
 use super::{LogLevel, VmEvent};
 use crate::accel::{Accel, AccelError, AccelInput, Reporter, Vcpu};
 use crate::device::block::BlockConfig;
@@ -32,7 +33,7 @@ use pv_abi::vcpu::VcpuPage;
 use std::io::{self, Write};
 use std::mem::offset_of;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use zerocopy::FromZeros;
 
@@ -327,11 +328,13 @@ impl VmBuilder {
         self.registry_error.take().map_or(Ok(()), |e| Err(e.into()))
     }
 
-    /// Makes the VM: memory, image, devices, backends, accel.
+    /// Makes the VM: memory, image, devices, backends, accel, and the first vCPU's thread, which
+    /// inherits the affinity and the priority of the calling one.
     ///
     /// # Errors
     /// [`BuildError`]; nothing is left behind then.
     pub fn build(mut self) -> Result<Vm, BuildError> {
+        let began = Instant::now();
         let _span = tracing::debug_span!("build").entered();
         clock::prepare();
         self.check()?;
@@ -380,36 +383,42 @@ impl VmBuilder {
             clock: Clock::new(),
             log: self.log.take().unwrap_or_else(|| Box::new(log_to_tracing)),
             vcpus: self.vcpus,
+            kick_signal: accel.kick_signal(),
+            began,
             exited: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
         }));
+        let (guard, own) = (EndUnlessRun(Some(Arc::clone(&shared))), Arc::clone(&shared));
+        let start_first = Box::new(move || threads::start_first(&own));
         let input = AccelInput {
+            first: start_first,
             vcpus: self.vcpus,
             memory: Arc::clone(&memory),
             map: Arc::clone(&map),
             events,
         };
-        let prepare = || {
+        let mut local = None;
+        let mut prepare = || {
             load(&self.image, &memory)?;
             let counts = (self.vcpus, devices.len());
             write_boot_block(&memory, &map, accel, counts, features, &self.cmdline)?;
             for vcpu in 0..self.vcpus {
                 write_vcpu_page(&memory, vcpu, self.vcpus)?;
             }
-            shared.clock.publish(&memory, true)
+            shared.clock.publish(&memory, true)?;
+            local = Some(LocalThread::new(clock_updates(&shared), ends_vm(&shared))?);
+            Ok(())
         };
         let (accel_vm, vcpus) = match accel {
-            Accel::Kvm => {
-                prepare()?;
-                crate::accel::kvm::create(input)?
-            }
+            Accel::Kvm => crate::accel::kvm::create(input, &mut prepare)?,
             Accel::Process => {
                 let reporter: Arc<dyn Reporter> = Arc::clone(&shared) as _;
                 let faults = self.self_reported_faults;
-                crate::accel::process::create(input, &reporter, faults, &prepare)?
+                crate::accel::process::create(input, &reporter, faults, &mut prepare)?
             }
         };
         let _ = shared.accel.set(accel_vm);
-        let (mut local, starter) = LocalThread::new(clock_updates(&shared), ends_vm(&shared))?;
+        let prepared = local.ok_or_else(|| io::Error::other("the guest was not loaded"));
+        let (mut local, starter) = prepared?;
         let late = if in_process {
             local.start(starter)?;
             None
@@ -423,7 +432,7 @@ impl VmBuilder {
         }
         let (links, input) = connected;
         Ok(Vm {
-            guard: EndUnlessRun(Some(Arc::clone(&shared))),
+            guard,
             shared,
             vcpus,
             links,
@@ -662,6 +671,7 @@ impl Drop for EndUnlessRun {
     fn drop(&mut self) {
         if let Some(shared) = self.0.take() {
             shared.finish(ExitReason::Stopped);
+            threads::join(&shared);
             for slot in &shared.devices {
                 slot.shut_down();
             }

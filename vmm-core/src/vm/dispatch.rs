@@ -2,7 +2,8 @@
 
 use super::LogLevel;
 use super::events::signal;
-use super::shared::{Place, Shared};
+use super::shared::Shared;
+use super::turns::Place;
 use crate::accel::{Reporter, StartState};
 use crate::device::{Setup, Slot};
 use crate::fault::{ExitReason, Violation};
@@ -133,9 +134,10 @@ impl Shared {
 
     fn embedder_call(&self, vcpu: u32, index: u32, args: [u64; 6]) -> Answer {
         let deferred = Cell::new(false);
+        let slot = usize::try_from(vcpu).unwrap_or(usize::MAX);
         let defer = || {
             deferred.set(true);
-            self.defer(vcpu);
+            self.turns.defer(slot);
         };
         let wanted = || self.is_running();
         let answer = self
@@ -143,8 +145,7 @@ impl Shared {
             .call((vcpu, index), args, &self.memory, &defer, &wanted);
         if deferred.get() {
             // Guest memory is not written while the VM is paused.
-            let slot = usize::try_from(vcpu).unwrap_or(usize::MAX);
-            self.turn(slot, Place::Serving);
+            self.turns.turn(slot, Place::Serving);
         }
         answer.map_err(|refusal| (refusal.status, refusal.code))
     }
@@ -163,6 +164,7 @@ impl Shared {
             return Err(Status::BadState);
         }
         self.features.store(features, Ordering::Release);
+        let _ = self.negotiated_after.set(self.began.elapsed());
         Ok(features)
     }
 
@@ -304,7 +306,7 @@ impl Shared {
                 .watch_doorbell(doorbell)
                 .map_err(|_| Status::HostError)?;
         }
-        if self.start_vcpu(index, state) {
+        if self.turns.start(index, state) {
             Ok(0)
         } else {
             Err(Status::BadState)

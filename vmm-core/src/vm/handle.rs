@@ -3,7 +3,7 @@
 use super::builder::Vm;
 use super::shared::Shared;
 use super::stats::Stats;
-use super::vcpu;
+use super::threads;
 use crate::accel::{Accel, AccelVm, Reporter, SandboxReport, StartState};
 use crate::device::console::Input;
 use crate::device::local::LocalThread;
@@ -18,7 +18,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use vmm_sys_util::signal::{block_signal, get_blocked_signals, unblock_signal};
 
 /// What can go wrong with a running VM's controls.
 #[derive(Debug, thiserror::Error)]
@@ -93,28 +92,8 @@ impl VmHandle {
             rdi: BOOT_BLOCK_BASE,
             rsi: 0,
         };
-        shared.start_vcpu(0, state);
-        let signal = shared.accel.get().and_then(|a| a.kick_signal());
-        // Threads inherit the mask: the signal is blocked in them from their first moment on.
-        let blocked = BlockedSignal::new(signal).inspect_err(|_| shared.no_threads_from(0))?;
-        let mut threads = shared
-            .threads
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        for (index, vcpu) in (0u32..).zip(vcpus) {
-            let own = Arc::clone(shared);
-            let thread = std::thread::Builder::new().name(format!("pv-vcpu{index}"));
-            match thread.spawn(move || vcpu::main(&own, index, vcpu)) {
-                Ok(thread) => threads.push(thread),
-                Err(error) => {
-                    // The threads that are missing will never report themselves done.
-                    shared.no_threads_from(index);
-                    return Err(error.into());
-                }
-            }
-        }
-        drop(threads);
-        drop(blocked);
+        shared.turns.start(0, state);
+        threads::start_others(shared, vcpus)?;
         if let Some(deadline) = boot_deadline {
             watch_boot(shared, deadline)?;
         }
@@ -141,7 +120,7 @@ impl VmHandle {
         let _one = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &self.shared;
         let accel = shared.accel.get();
-        shared.want_pause();
+        shared.turns.want_pause();
         let frozen = accel.map_or(Ok(false), |a| a.freeze());
         let halted = match frozen {
             Ok(frozen) => shared.wait_halted(frozen, Instant::now() + VCPU_KICK_TIMEOUT),
@@ -153,7 +132,7 @@ impl VmHandle {
         if halted {
             return Ok(());
         }
-        shared.resume();
+        shared.turns.resume();
         accel.map_or(Ok(()), |a| a.thaw())?;
         frozen?;
         Err(VmError::Timeout(VCPU_KICK_TIMEOUT))
@@ -168,7 +147,7 @@ impl VmHandle {
         if let Some(reason) = self.shared.reason() {
             return Err(VmError::Ended(reason));
         }
-        self.shared.resume();
+        self.shared.turns.resume();
         self.shared.accel.get().map_or(Ok(()), |a| a.thaw())?;
         Ok(())
     }
@@ -307,45 +286,9 @@ impl Drop for VmHandle {
     fn drop(&mut self) {
         self.stop();
         self.wait_until(None);
-        let threads = std::mem::take(
-            &mut *self
-                .shared
-                .threads
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        for thread in threads {
-            let _ = thread.join();
-        }
+        threads::join(&self.shared);
         for slot in &self.shared.devices {
             slot.shut_down();
-        }
-    }
-}
-
-/// Blocks a signal in this thread until dropped, unless it was blocked before.
-struct BlockedSignal(Option<libc::c_int>);
-
-impl BlockedSignal {
-    fn new(signal: Option<libc::c_int>) -> io::Result<BlockedSignal> {
-        let other = |e| io::Error::other(format!("block the kick signal: {e}"));
-        let Some(signal) = signal else {
-            return Ok(BlockedSignal(None));
-        };
-        if get_blocked_signals().map_err(other)?.contains(&signal) {
-            return Ok(BlockedSignal(None));
-        }
-        block_signal(signal).map_err(other)?;
-        Ok(BlockedSignal(Some(signal)))
-    }
-}
-
-impl Drop for BlockedSignal {
-    fn drop(&mut self) {
-        if let Some(signal) = self.0
-            && let Err(error) = unblock_signal(signal)
-        {
-            tracing::warn!(%error, "the kick signal stays blocked in the embedder's thread");
         }
     }
 }

@@ -12,6 +12,8 @@ pub(crate) mod events;
 mod handle;
 mod shared;
 pub(crate) mod stats;
+mod threads;
+mod turns;
 mod vcpu;
 
 pub use builder::{BuildError, Vm, VmBuilder};

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A counter that many threads add to and nobody orders anything by.
 #[derive(Debug, Default)]
@@ -89,6 +90,8 @@ pub struct Stats {
     pub backend_losses: u64,
     /// Backends that came back.
     pub backend_reconnects: u64,
+    /// From the start of `build` to the guest's `NEGOTIATE`, its first call; `None` before it.
+    pub negotiated_after: Option<Duration>,
 }
 
 impl Counters {
@@ -127,6 +130,7 @@ impl Counters {
             config_events: self.config_events.get(),
             backend_losses: self.backend_losses.get(),
             backend_reconnects: self.backend_reconnects.get(),
+            negotiated_after: None,
         }
     }
 }

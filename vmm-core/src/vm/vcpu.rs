@@ -1,6 +1,7 @@
 //! A vCPU's thread: runs the guest, carries out what it asks for, until the VM ends.
 
-use super::shared::{Place, Shared};
+use super::shared::Shared;
+use super::turns::Place;
 use crate::accel::{Reporter, Vcpu, VcpuExit};
 use crate::fault::ExitReason;
 use std::sync::Arc;
@@ -18,14 +19,15 @@ impl Drop for Done<'_> {
             let error = std::io::Error::other("a handler of the embedder's panicked");
             self.shared.finish(ExitReason::Host(Arc::new(error)));
         }
-        self.shared.thread_done(self.slot);
+        self.shared.turns.done(self.slot);
     }
 }
 
-pub(super) fn main(shared: &Shared, index: u32, mut vcpu: Box<dyn Vcpu>) {
+pub(super) fn main(shared: &Shared, index: u32, make: impl FnOnce() -> Option<Box<dyn Vcpu>>) {
     let slot = usize::try_from(index).unwrap_or(usize::MAX);
     let _done = Done { shared, slot };
-    if let Some(state) = shared.wait_for_start(slot) {
+    let Some(mut vcpu) = make() else { return };
+    if let Some(state) = shared.turns.wait_for_start(slot) {
         let span = tracing::debug_span!("vcpu", index);
         let _entered = span.enter();
         match vcpu.start(&state) {
@@ -37,7 +39,7 @@ pub(super) fn main(shared: &Shared, index: u32, mut vcpu: Box<dyn Vcpu>) {
 
 fn run(shared: &Shared, index: u32, slot: usize, vcpu: &mut dyn Vcpu) {
     let counters = &shared.counters;
-    while shared.turn(slot, Place::Running) {
+    while shared.turns.turn(slot, Place::Running) {
         let exit = match vcpu.run() {
             Ok(exit) => exit,
             Err(error) => {
@@ -48,7 +50,7 @@ fn run(shared: &Shared, index: u32, slot: usize, vcpu: &mut dyn Vcpu) {
         if matches!(exit, VcpuExit::Interrupted) {
             shared.kick_seen(slot);
         }
-        if matches!(exit, VcpuExit::Gone) || !shared.turn(slot, Place::Serving) {
+        if matches!(exit, VcpuExit::Gone) || !shared.turns.turn(slot, Place::Serving) {
             return;
         }
         match exit {

@@ -13,6 +13,8 @@ pub(crate) mod sregs;
 mod vcpu;
 mod vm;
 
+pub(crate) use vcpu::kick_signal;
+
 use super::{AccelError, AccelInput, Parts};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
@@ -75,8 +77,12 @@ pub(super) fn check() -> Result<(), AccelError> {
     system().map(|_| ())
 }
 
-pub(crate) fn create(input: AccelInput) -> Result<Parts, AccelError> {
-    vm::create(system()?, input)
+/// Makes it; `meanwhile` is done while the first vCPU's thread makes that vCPU.
+pub(crate) fn create(
+    input: AccelInput,
+    meanwhile: &mut dyn FnMut() -> io::Result<()>,
+) -> Result<Parts, AccelError> {
+    vm::create(system()?, input, meanwhile)
 }
 
 fn errno(error: kvm_ioctls::Error) -> io::Error {

@@ -11,6 +11,7 @@ use pv_abi::layout::{
 };
 use std::collections::HashMap;
 use std::io;
+use zerocopy::IntoBytes;
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -77,19 +78,14 @@ pub(super) fn build(
             }
         }
     }
-    let bytes: Vec<u8> = tables
-        .tables
-        .iter()
-        .flatten()
-        .flat_map(|e| e.to_le_bytes())
-        .collect();
+    let bytes = tables.tables.as_bytes();
     if bytes.len() as u64 > PAGE_TABLES_LEN {
         return Err(io::Error::other(
             "the address map needs more page tables than there is room",
         ));
     }
     vmm.populate(PAGE_TABLES_BASE - VMM_BASE, bytes.len() as u64);
-    vmm.write_bytes(PAGE_TABLES_BASE - VMM_BASE, &bytes)
+    vmm.write_bytes(PAGE_TABLES_BASE - VMM_BASE, bytes)
 }
 
 impl Tables {

@@ -25,7 +25,7 @@ const KVM_SET_SIGNAL_MASK: libc::c_ulong = 0x4004_ae8b;
 ///
 /// Blocked in the library's threads and admitted only inside `KVM_RUN`, so it needs no handler and
 /// none is installed.
-pub(super) fn kick_signal() -> libc::c_int {
+pub(crate) fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN() + 7
 }
 

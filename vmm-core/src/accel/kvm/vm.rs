@@ -5,7 +5,7 @@
 use super::idle::IdleSet;
 use super::vcpu::KvmVcpu;
 use super::{PORT_NOTIFY, System, errno, gate, monitor, paging};
-use crate::accel::{AccelError, AccelInput, AccelVm, Parts, SandboxReport, Vcpu};
+use crate::accel::{AccelError, AccelInput, AccelVm, MakeVcpu, Parts, SandboxReport, Vcpu};
 use crate::memory::{GuestMemory, Region};
 use crate::vm::events::EventTable;
 use kvm_bindings::kvm_userspace_memory_region;
@@ -13,6 +13,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use pv_abi::layout::{GATE_BASE, RAM_BASE, RAM_HIGH_BASE, VMM_BASE};
 use std::collections::HashSet;
 use std::io;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -20,7 +21,7 @@ use std::time::Instant;
 const TSS_PAGES: usize = 0xfffb_d000;
 
 pub(super) struct KvmVm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     events: Arc<EventTable>,
     watched: Mutex<HashSet<u32>>,
     idle: Vec<Arc<IdleSet>>,
@@ -28,9 +29,30 @@ pub(super) struct KvmVm {
     _memory: Arc<GuestMemory>,
 }
 
-pub(super) fn create(system: &System, input: AccelInput) -> Result<Parts, AccelError> {
-    let fd = create_vm(system)?;
-    let memory = &input.memory;
+pub(super) fn create(
+    system: &'static System,
+    input: AccelInput,
+    meanwhile: &mut dyn FnMut() -> io::Result<()>,
+) -> Result<Parts, AccelError> {
+    let AccelInput {
+        vcpus: count,
+        memory,
+        map,
+        events,
+        first,
+    } = input;
+    // Early: it starts while this one makes what it needs.
+    let first = first().map_err(AccelError::host("the first vCPU's thread"))?;
+    let fd = Arc::new(create_vm(system)?);
+    if system.cpu_is_intel() {
+        fd.set_tss_address(TSS_PAGES)
+            .map_err(errno)
+            .map_err(AccelError::host("KVM_SET_TSS_ADDR"))?;
+    }
+    let idle = (0..count)
+        .map(|index| IdleSet::new(Arc::clone(&events), index).map(Arc::new))
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(AccelError::host("epoll"))?;
     let slots = [(VMM_BASE, &memory.vmm), (RAM_BASE, &memory.ram_low)]
         .into_iter()
         .chain(memory.ram_high.as_ref().map(|r| (RAM_HIGH_BASE, r)))
@@ -38,47 +60,68 @@ pub(super) fn create(system: &System, input: AccelInput) -> Result<Parts, AccelE
     for (slot, (gpa, region)) in (0u32..).zip(slots) {
         set_slot(&fd, slot, gpa, region).map_err(AccelError::host("KVM_SET_USER_MEMORY_REGION"))?;
     }
-    if system.cpu_is_intel() {
-        fd.set_tss_address(TSS_PAGES)
-            .map_err(errno)
-            .map_err(AccelError::host("KVM_SET_TSS_ADDR"))?;
-    }
+    // Not before: making a vCPU and setting slots wait for each other, far longer than either takes.
+    let made = make_first(system, &first, &fd, &memory, idle.first());
     let write = |r: io::Result<()>| r.map_err(AccelError::host("write the monitor"));
     write(
         memory
             .vmm
             .write_bytes(GATE_BASE - VMM_BASE, &gate::bodies()),
     )?;
-    write(monitor::build(&memory.vmm, input.vcpus))?;
-    let monitor_len = monitor::len(input.vcpus);
+    write(monitor::build(&memory.vmm, count))?;
+    let monitor_len = monitor::len(count);
     write(paging::build(
         &memory.vmm,
-        &input.map,
+        &map,
         monitor_len,
         monitor::STUBS,
     ))?;
+    meanwhile().map_err(AccelError::host("load the guest"))?;
     let mut vcpus: Vec<Box<dyn Vcpu>> = Vec::new();
-    let mut idle = Vec::new();
-    for index in 0..input.vcpus {
-        let set = IdleSet::new(Arc::clone(&input.events), index);
-        let set = Arc::new(set.map_err(AccelError::host("epoll"))?);
-        idle.push(Arc::clone(&set));
-        vcpus.push(Box::new(KvmVcpu::new(
-            system,
-            &fd,
-            index,
-            Arc::clone(memory),
-            set,
-        )?));
+    for (index, set) in (0..).zip(&idle).skip(1) {
+        let (memory, set) = (Arc::clone(&memory), Arc::clone(set));
+        vcpus.push(Box::new(KvmVcpu::new(system, &fd, index, memory, set)?));
     }
+    made.recv().unwrap_or_else(|_| {
+        let ended = io::Error::other("its thread ended");
+        Err(AccelError::host("make the first vCPU")(ended))
+    })?;
     let vm = KvmVm {
         fd,
-        events: input.events,
+        events,
         watched: Mutex::default(),
         idle,
-        _memory: Arc::clone(&input.memory),
+        _memory: memory,
     };
     Ok((Arc::new(vm), vcpus))
+}
+
+/// Lets the first vCPU's thread make its vCPU; what it receives says how that went.
+///
+/// A vCPU costs about as much as all the rest of a VM, and is best made where it will run.
+fn make_first(
+    system: &'static System,
+    first: &Sender<MakeVcpu>,
+    fd: &Arc<VmFd>,
+    memory: &Arc<GuestMemory>,
+    idle: Option<&Arc<IdleSet>>,
+) -> Receiver<Result<(), AccelError>> {
+    let (sender, made) = channel();
+    let (fd, memory, set) = (Arc::clone(fd), Arc::clone(memory), idle.cloned());
+    let make = move || {
+        let vcpu = KvmVcpu::new(system, &fd, 0, memory, set?);
+        // Before anybody hears of it, so that who drops the VM drops the last of it.
+        drop(fd);
+        let (vcpu, made) = match vcpu {
+            Ok(vcpu) => (Some(Box::new(vcpu) as Box<dyn Vcpu>), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        let _ = sender.send(made);
+        vcpu
+    };
+    // A thread that is gone cannot be told, and does not answer either.
+    let _ = first.send(Box::new(make));
+    made
 }
 
 /// `KVM_CREATE_VM` is interrupted by signals that have nothing to do with it.
@@ -108,10 +151,6 @@ fn set_slot(fd: &VmFd, slot: u32, gpa: u64, region: &Region) -> io::Result<()> {
 }
 
 impl AccelVm for KvmVm {
-    fn kick_signal(&self) -> Option<libc::c_int> {
-        Some(super::vcpu::kick_signal())
-    }
-
     fn watch_doorbell(&self, doorbell: u32) -> io::Result<()> {
         let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
         if watched.contains(&doorbell) {

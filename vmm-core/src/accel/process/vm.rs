@@ -58,7 +58,7 @@ pub(crate) fn create(
     input: AccelInput,
     reporter: &Arc<dyn Reporter>,
     self_report: bool,
-    meanwhile: &dyn Fn() -> io::Result<()>,
+    meanwhile: &mut dyn FnMut() -> io::Result<()>,
 ) -> Result<Parts, AccelError> {
     let step = AccelError::host;
     let AccelInput {
@@ -66,6 +66,7 @@ pub(crate) fn create(
         memory,
         map,
         events,
+        first,
     } = input;
     let setup_len = wire::setup_len(vcpus) as u64;
     let setup_region =
@@ -159,7 +160,9 @@ pub(crate) fn create(
             });
         })
         .map_err(step("the supervisor thread"))?;
-    let prepared = meanwhile();
+    let loaded = meanwhile().map_err(step("load the guest"));
+    // Now that there is nothing left to do but to wait for the process.
+    let prepared = loaded.and_then(|()| first().map_err(step("the first vCPU's thread")));
     let pidfd = started
         .recv()
         .unwrap_or_else(|_| Err(io::Error::other("the supervisor thread ended")))
@@ -174,10 +177,13 @@ pub(crate) fn create(
         layers: 0,
         supervisor: Some(supervisor),
     };
-    if let Err(error) = prepared {
-        vm.watch.ending.store(true, Ordering::Release);
-        return Err(step("load the guest")(error));
-    }
+    let first = match prepared {
+        Ok(first) => first,
+        Err(error) => {
+            vm.watch.ending.store(true, Ordering::Release);
+            return Err(error);
+        }
+    };
     let ready = memory
         .vmm
         .word32(vcpu_page(0) - VMM_BASE + page::READY as u64)
@@ -190,20 +196,20 @@ pub(crate) fn create(
     vm.layers = setup_region
         .read(offset_of!(Setup, layers) as u64)
         .map_err(step("read the set-up"))?;
-    let vcpus: Vec<Box<dyn Vcpu>> = (0..vcpus)
-        .map(|index| {
-            let gone = Arc::clone(&vm.watch.gone);
-            let memory = Arc::clone(&memory);
-            Box::new(ProcessVcpu {
-                index,
-                memory,
-                gone,
-                owed: false,
-                look: Look::default(),
-                placement: Placement::default(),
-            }) as Box<dyn Vcpu>
-        })
-        .collect();
+    let vcpu = |index| {
+        Box::new(ProcessVcpu {
+            index,
+            memory: Arc::clone(&memory),
+            gone: Arc::clone(&vm.watch.gone),
+            owed: false,
+            look: Look::default(),
+            placement: Placement::default(),
+        }) as Box<dyn Vcpu>
+    };
+    let boot = vcpu(0);
+    // A thread that is gone says so by itself.
+    let _ = first.send(Box::new(|| Some(boot)));
+    let vcpus = (1..vcpus).map(vcpu).collect();
     Ok((Arc::new(vm), vcpus))
 }
 
@@ -393,10 +399,6 @@ impl ProcessVm {
 }
 
 impl AccelVm for ProcessVm {
-    fn kick_signal(&self) -> Option<libc::c_int> {
-        None
-    }
-
     fn watch_doorbell(&self, _doorbell: u32) -> io::Result<()> {
         Ok(())
     }
