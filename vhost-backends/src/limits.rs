@@ -59,6 +59,11 @@ pub const MAX_DISKS: usize = 64;
 pub const MAX_ADMIN_REQUEST: usize = 4096;
 /// Seconds that a client of these sockets has, one after the other.
 pub const ADMIN_TIMEOUT_SECS: u64 = 2;
+/// Seconds that a hot upgrade may keep queues stopped before the old daemon goes on.
+pub const HANDOVER_SECS: u64 = 10;
+/// Frames of what one daemon hands to another: for each disk its regions, its queues' seven
+/// messages each, and a few more.
+pub const MAX_HANDOVER_FRAMES: usize = MAX_DISKS * (MAX_MEM_SLOTS + 7 * MAX_QUEUES as usize + 16);
 /// Threads that make a blocking disk's calls, for each queue: enough to overlap its waits.
 pub const POOL_THREADS: usize = 4;
 /// Bytes of guest data that one queue's threads hold copies of; beyond that the queue waits.

@@ -1,9 +1,10 @@
 //! Waiting: `poll(2)` on a few descriptors with a deadline, and events that end a wait.
 #![allow(unsafe_code)]
-// UNSAFETY: poll and eventfd as system calls; no safe wrapper is among the dependencies.
+// UNSAFETY: poll, fcntl, eventfd and clock_gettime as system calls; no safe wrapper is among the
+// dependencies.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::Epoll;
@@ -71,6 +72,18 @@ pub(crate) fn timer_fd(timer: &TimerFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) }
 }
 
+/// Nanoseconds of a clock that all processes of this host share.
+pub(crate) fn monotonic_nanos() -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `now` is valid for the call, which cannot fail for this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    // Neither is negative.
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}
+
 /// An eventfd of our own: non-blocking, closed on exec.
 #[derive(Debug)]
 pub(crate) struct Event(File);
@@ -90,6 +103,12 @@ impl Event {
     pub(crate) fn set(&self) {
         // Full means readable: that is what was wanted.
         let _ = (&self.0).write(&1u64.to_ne_bytes());
+    }
+
+    /// Makes it not readable.
+    pub(crate) fn clear(&self) {
+        // Empty means not readable: that is what was wanted.
+        let _ = (&self.0).read(&mut [0; 8]);
     }
 
     pub(crate) fn duplicate(&self) -> io::Result<OwnedFd> {

@@ -123,6 +123,12 @@ pub(super) fn space(disk: &Disk, options: &BlockOptions) -> Vec<u8> {
     [config.as_bytes(), erase.as_bytes()].concat()
 }
 
+/// The write to configuration space that chooses this.
+pub(super) fn write_of(writeback: bool) -> Option<(u32, Vec<u8>)> {
+    let offset = u32::try_from(offset_of!(Config, writeback)).ok()?;
+    Some((offset, vec![u8::from(writeback)]))
+}
+
 /// A write to configuration space: the driver may only choose how writes are cached.
 pub(super) fn parse_write(offset: u32, data: &[u8]) -> Option<bool> {
     let writable = u32::try_from(offset_of!(Config, writeback)).ok()?;

@@ -198,6 +198,15 @@ impl Device for BlockDevice {
         Ok(())
     }
 
+    fn saved_config(&self) -> Vec<(u32, Vec<u8>)> {
+        let chosen = config::write_of(self.disk.writeback());
+        // What a new device has anyhow, a read-only one could not be told.
+        chosen
+            .into_iter()
+            .filter(|_| !self.disk.writeback())
+            .collect()
+    }
+
     fn set_frontend(&self, frontend: Option<Arc<FrontendLink>>) {
         *self.frontend.lock().unwrap_or_else(PoisonError::into_inner) = frontend;
     }

@@ -4,12 +4,14 @@
 //! |---|---|---|
 //! | `GET /metrics` | both | Prometheus text |
 //! | `GET /stats` | both | the same as JSON |
+//! | `POST /take-over` | control | hands everything to the client ([`super::handover`]) |
 //! | `PUT /DEVICES/NAME/WHAT` | control | what the daemon's [`Fleet`] makes of it |
 //!
 //! In come bytes of anybody who may connect; nothing of them is kept beyond the answer. A client
 //! that is slow is left after [`ADMIN_TIMEOUT_SECS`], one that asks for much is refused at
 //! [`MAX_ADMIN_REQUEST`].
 
+use super::handover::Giver;
 use super::{Denied, Fleet};
 use crate::limits::{ADMIN_TIMEOUT_SECS, MAX_ADMIN_REQUEST};
 use crate::readiness::{Event, Interest, wait};
@@ -27,6 +29,21 @@ pub(super) enum Access {
     Control,
 }
 
+impl Access {
+    pub(super) fn is_control(self) -> bool {
+        self == Access::Control
+    }
+}
+
+/// One of these sockets.
+#[derive(Debug)]
+pub(super) struct AdminSocket {
+    pub(super) access: Access,
+    pub(super) listener: UnixListener,
+    /// Its file's device and inode.
+    pub(super) socket: (u64, u64),
+}
+
 struct Answer {
     status: &'static str,
     kind: &'static str,
@@ -34,7 +51,10 @@ struct Answer {
 }
 
 /// Answers clients until `stop` is set.
-pub(super) fn serve<F: Fleet>(listener: &UnixListener, access: Access, fleet: &F, stop: &Event) {
+pub(super) fn serve<F: Fleet>(socket: &AdminSocket, giver: &Giver<'_, F>, stop: &Event) {
+    let AdminSocket {
+        access, listener, ..
+    } = socket;
     if listener.set_nonblocking(true).is_err() {
         return;
     }
@@ -52,7 +72,7 @@ pub(super) fn serve<F: Fleet>(listener: &UnixListener, access: Access, fleet: &F
         }
         if let Ok((stream, _)) = listener.accept() {
             // A client that goes away or stalls has itself to blame.
-            let _ = converse(&stream, access, fleet, stop);
+            let _ = converse(&stream, *access, giver, stop);
         } else {
             // Out of descriptors, most likely: not as fast as the CPU allows.
             let _ = wait(
@@ -66,13 +86,20 @@ pub(super) fn serve<F: Fleet>(listener: &UnixListener, access: Access, fleet: &F
 fn converse<F: Fleet>(
     stream: &UnixStream,
     access: Access,
-    fleet: &F,
+    giver: &Giver<'_, F>,
     stop: &Event,
 ) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     let deadline = Instant::now() + Duration::from_secs(ADMIN_TIMEOUT_SECS);
     let answer = match receive(stream, stop, deadline)? {
-        Some(request) => answer(&request, access, fleet),
+        Some(request) if access.is_control() && request.starts_with("POST /take-over ") => {
+            let body = request.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+            match giver.give(stream, body) {
+                Ok(()) => return Ok(()),
+                Err((status, sentence)) => text(status, &sentence),
+            }
+        }
+        Some(request) => answer(&request, access, giver.fleet),
         None => text("413 Content Too Large", "the request is too long"),
     };
     let Answer { status, kind, body } = answer;
@@ -168,7 +195,7 @@ fn answer<F: Fleet>(request: &str, access: Access, fleet: &F) -> Answer {
             body: fleet.json(),
         },
         ("PUT", [devices, name, what]) if *devices == F::DEVICES => {
-            if access != Access::Control {
+            if !access.is_control() {
                 return text(
                     "403 Forbidden",
                     "this socket changes nothing; use --control-socket",

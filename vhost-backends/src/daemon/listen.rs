@@ -15,9 +15,11 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub(super) enum Socket {
     /// One connection after the other.
-    Listening(UnixListener),
+    Listening(UnixListener, Option<SocketPath>),
     /// Only this one.
     Connected(UnixStream),
+    /// To be taken over from another process; its file, if it was named.
+    Awaited(Option<SocketPath>),
 }
 
 /// A socket file that this process made.
@@ -28,6 +30,11 @@ pub(super) struct SocketPath {
 }
 
 impl SocketPath {
+    /// Device and inode.
+    pub(super) fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
     pub(super) fn folder(&self) -> &Path {
         match self.path.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -89,25 +96,33 @@ pub(crate) struct Sockets {
     passed: Passed,
     opened: Vec<Socket>,
     made: Vec<SocketPath>,
+    taking_over: bool,
 }
 
 impl Sockets {
     /// None yet, beside those that a service manager passed. The error is a sentence.
-    pub(super) fn from_environment() -> Result<Sockets, String> {
+    pub(super) fn from_environment(taking_over: bool) -> Result<Sockets, String> {
         Ok(Sockets {
             passed: Passed::from_environment()?,
             opened: Vec::new(),
             made: Vec::new(),
+            taking_over,
         })
     }
 
     /// Opens what the command line named for the device `name`, or takes what was passed. The
     /// error is a sentence.
     pub(crate) fn open(&mut self, args: SocketArgs, name: &str) -> Result<(), String> {
-        let socket = if let Some(path) = args.socket_path {
+        let socket = if self.taking_over {
+            if args.fd.is_some() {
+                return Err("--fd is of no use with --take-over, which brings the socket".into());
+            }
+            let path = args.socket_path.map(|path| self.await_path(path));
+            Socket::Awaited(path.transpose()?)
+        } else if let Some(path) = args.socket_path {
             let (listener, path) = listen(path)?;
-            self.made.push(path);
-            Socket::Listening(listener)
+            self.made.push(path.clone());
+            Socket::Listening(listener, Some(path))
         } else {
             let fd = args.fd.or_else(|| self.passed.take(name));
             inherit(fd.ok_or("either --socket-path or --fd is needed")?)?
@@ -116,7 +131,21 @@ impl Sockets {
         Ok(())
     }
 
-    /// A listening socket for the daemon's own use, for its user alone if `private`.
+    /// Whether sockets are not made: a running daemon will hand them over.
+    pub(crate) fn taking_over(&self) -> bool {
+        self.taking_over
+    }
+
+    /// A statistics or control socket, for this user alone if `private`.
+    pub(super) fn admin(&mut self, path: &Path, private: bool) -> Result<Socket, String> {
+        if self.taking_over {
+            return Ok(Socket::Awaited(Some(self.await_path(path.to_owned())?)));
+        }
+        let listener = self.listen(path, private)?;
+        Ok(Socket::Listening(listener, self.made.last().cloned()))
+    }
+
+    /// A listening socket of a device's own, for this user alone if `private`.
     pub(crate) fn listen(&mut self, path: &Path, private: bool) -> Result<UnixListener, String> {
         let (listener, made) = listen(path.to_owned())?;
         self.made.push(made);
@@ -128,6 +157,15 @@ impl Sockets {
         Ok(listener)
     }
 
+    /// The file of a socket that another process listens on.
+    fn await_path(&mut self, path: PathBuf) -> Result<SocketPath, String> {
+        let identity = identity(&path)
+            .map_err(|error| format!("there is no socket {}: {error}", path.display()))?;
+        let path = SocketPath { path, identity };
+        self.made.push(path.clone());
+        Ok(path)
+    }
+
     /// The files that this process made.
     pub(super) fn made(&self) -> &[SocketPath] {
         &self.made
@@ -135,7 +173,9 @@ impl Sockets {
 
     /// Takes back what was made.
     pub(super) fn remove_made(&self) {
-        self.made.iter().for_each(SocketPath::remove);
+        if !self.taking_over {
+            self.made.iter().for_each(SocketPath::remove);
+        }
     }
 
     /// Those of the devices, in their order.
@@ -190,22 +230,36 @@ fn inherit(fd: RawFd) -> Result<Socket, String> {
     }
     // SAFETY: it is open, as the call above showed, and stays so during this function.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-    let domain = option(borrowed, libc::SO_DOMAIN).map_err(bad)?;
-    let kind = option(borrowed, libc::SO_TYPE).map_err(bad)?;
-    if domain != libc::AF_UNIX || kind != libc::SOCK_STREAM {
-        return Err(format!(
-            "--fd {fd} is a socket, but not a Unix stream socket"
-        ));
-    }
-    let listening = option(borrowed, libc::SO_ACCEPTCONN).map_err(bad)? != 0;
+    let kind = kind_of(borrowed).map_err(bad)?;
+    let kind =
+        kind.ok_or_else(|| format!("--fd {fd} is a socket, but not a Unix stream socket"))?;
     // SAFETY: whoever started this program passed the descriptor to it by number, and nothing
     // else in it uses that number.
     let owned = unsafe { OwnedFd::from_raw_fd(fd) };
-    Ok(if listening {
-        Socket::Listening(UnixListener::from(owned))
-    } else {
-        Socket::Connected(UnixStream::from(owned))
+    Ok(match kind {
+        Kind::Listening => Socket::Listening(UnixListener::from(owned), None),
+        Kind::Connected => Socket::Connected(UnixStream::from(owned)),
     })
+}
+
+/// What a Unix stream socket is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Listening,
+    Connected,
+}
+
+/// `None`: a socket of another kind.
+pub(super) fn kind_of(fd: BorrowedFd<'_>) -> io::Result<Option<Kind>> {
+    let domain = option(fd, libc::SO_DOMAIN)?;
+    let kind = option(fd, libc::SO_TYPE)?;
+    if domain != libc::AF_UNIX || kind != libc::SOCK_STREAM {
+        return Ok(None);
+    }
+    Ok(Some(match option(fd, libc::SO_ACCEPTCONN)? {
+        0 => Kind::Connected,
+        _ => Kind::Listening,
+    }))
 }
 
 fn option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {

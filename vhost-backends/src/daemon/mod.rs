@@ -14,6 +14,7 @@
 //! | `listen` | sockets: made, inherited, or passed by a service manager |
 //! | `serve` | opens, confines itself, and serves the fleet until the end |
 //! | `admin` | the statistics and control sockets |
+//! | `handover` | hot upgrade: what one process serves, another takes over |
 //! | `notify`, `remover`, `signals` | the service manager, socket files, SIGTERM |
 //! | `keys` | devices on the command line |
 //! | `connector` | connections to paths, from inside the sandbox |
@@ -23,6 +24,7 @@
 mod admin;
 mod blk;
 mod connector;
+mod handover;
 mod keys;
 mod listen;
 mod net;
@@ -42,6 +44,7 @@ pub(crate) use program::{parse, start};
 pub(crate) use serve::serve;
 
 use crate::session::{ConnectionEvent, Device};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// What a daemon serves, and what may be asked of it meanwhile.
@@ -61,6 +64,20 @@ pub(crate) trait Fleet: Sync {
     /// Carries out `PUT /DEVICES/NAME/WHAT`; the answer is a sentence.
     fn put(&self, name: &str, what: &str, body: &str) -> Result<String, Denied>;
 
+    /// What the device at `index` needs to be served by another process. The error is a sentence.
+    fn hand_over(&self, index: usize) -> Result<Handed, String> {
+        let members = self.members();
+        let name = members.get(index).map_or("", |member| &member.name);
+        Err(format!("{name} cannot be handed over"))
+    }
+
+    /// Takes what another process handed over for the device at `index`, which was opened with
+    /// [`Sockets::taking_over`] in mind. The error is a sentence.
+    fn take_over(&self, index: usize, handed: Handed) -> Result<(), String> {
+        let _ = (index, handed);
+        Err("this device cannot be taken over".into())
+    }
+
     /// The requests that [`put`](Fleet::put) knows, for people.
     fn requests(&self) -> &'static str;
 }
@@ -70,6 +87,15 @@ pub(crate) struct Member {
     pub(crate) name: String,
     pub(crate) device: Arc<dyn Device>,
     pub(crate) watch: Arc<dyn Fn(ConnectionEvent) + Send + Sync>,
+}
+
+/// A device on its way to another process.
+#[derive(Debug)]
+pub(crate) struct Handed {
+    /// What it is: the same on both sides.
+    pub(crate) identity: String,
+    /// At most [`crate::limits::MAX_MESSAGE_FDS`].
+    pub(crate) fds: Vec<OwnedFd>,
 }
 
 /// Why a request was not carried out.

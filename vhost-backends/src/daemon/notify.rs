@@ -34,6 +34,11 @@ impl Notify {
         self.send(&format!("READY=1\nSTATUS=serving {count} {devices}\n"));
     }
 
+    /// This process serves what another one did.
+    pub(super) fn taken_over(&self) {
+        self.send(&format!("MAINPID={}\n", std::process::id()));
+    }
+
     /// Nothing new is served any more.
     pub(super) fn stopping(&self) {
         self.send("STOPPING=1\n");

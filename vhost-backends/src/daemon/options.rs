@@ -32,6 +32,9 @@ pub(crate) struct Operation {
     /// The same, and requests that change something, for this user alone.
     #[arg(long, value_name = "PATH")]
     pub(crate) control_socket: Option<PathBuf>,
+    /// Take over what a running daemon serves, through its control socket, and end it.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) take_over: Option<PathBuf>,
     /// Confinement once everything is open: namespaces, capabilities, no_new_privs, Landlock.
     #[arg(long, value_enum, value_name = "MODE", default_value_t)]
     sandbox: SandboxMode,

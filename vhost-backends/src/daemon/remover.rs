@@ -14,13 +14,17 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-/// The other process. Dropped, it removes the sockets; the files are gone when that returns.
+/// The other process. Dropped while armed, it removes the sockets; the files are gone when that
+/// returns.
 #[derive(Debug)]
-pub(super) struct Remover(UnixStream);
+pub(super) struct Remover {
+    pipe: UnixStream,
+    armed: bool,
+}
 
 impl Remover {
     /// Starts the process. The caller has one thread; signals that end the daemon are blocked.
-    pub(super) fn start(paths: &[SocketPath]) -> io::Result<Option<Remover>> {
+    pub(super) fn start(paths: &[SocketPath], armed: bool) -> io::Result<Option<Remover>> {
         if paths.is_empty() {
             return Ok(None);
         }
@@ -39,17 +43,28 @@ impl Remover {
                 // Until it has closed its copies, the listeners would outlive a daemon that is
                 // killed, and the next one would take them for somebody else's.
                 (&ours).read_exact(&mut [0])?;
-                Ok(Some(Remover(ours)))
+                Ok(Some(Remover { pipe: ours, armed }))
             }
         }
     }
 }
 
+impl Remover {
+    /// Whether the sockets are this daemon's, to be removed at the end.
+    pub(super) fn arm(&mut self, armed: bool) {
+        self.armed = armed;
+    }
+}
+
 impl Drop for Remover {
     fn drop(&mut self) {
+        if !self.armed {
+            // The end of the stream ends the process.
+            return;
+        }
         // A failure means that the process is gone, and so does the end of the stream.
-        let _ = self.0.write_all(&[1]);
-        let _ = self.0.read(&mut [0]);
+        let _ = self.pipe.write_all(&[1]);
+        let _ = self.pipe.read(&mut [0]);
     }
 }
 

@@ -100,6 +100,7 @@ const FCNTLS: &[libc::c_int] = &[
     libc::F_ADD_SEALS,
     libc::F_GET_SEALS,
     libc::F_OFD_SETLK,
+    libc::F_OFD_GETLK,
 ];
 
 /// Installs the filter in this thread and those that it starts from now on.
@@ -192,6 +193,21 @@ fn conditional() -> Result<Rules, BackendError> {
         (
             libc::SYS_setsockopt,
             [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO]
+                .into_iter()
+                .map(|option| {
+                    let level = libc::SOL_SOCKET.cast_unsigned().into();
+                    let option = option.cast_unsigned().into();
+                    SeccompRule::new(vec![
+                        is(1, SeccompCmpOp::Eq, level)?,
+                        is(2, SeccompCmpOp::Eq, option)?,
+                    ])
+                })
+                .collect::<Result<_, _>>()?,
+        ),
+        // Whether a socket that another daemon hands over is one.
+        (
+            libc::SYS_getsockopt,
+            [libc::SO_DOMAIN, libc::SO_TYPE, libc::SO_ACCEPTCONN]
                 .into_iter()
                 .map(|option| {
                     let level = libc::SOL_SOCKET.cast_unsigned().into();

@@ -31,6 +31,13 @@ impl FrontendLink {
         Ok(FrontendLink { stream, ack })
     }
 
+    /// The channel once more, if it is still of use.
+    pub(crate) fn duplicate(&self) -> Option<io::Result<OwnedFd>> {
+        let guard = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let stream = guard.as_ref()?;
+        Some(stream.try_clone().map(OwnedFd::from))
+    }
+
     /// Tells the frontend that configuration space changed, and waits until it has taken notice if
     /// it confirms such messages. Not to be called from a thread that serves the session's own
     /// messages: the frontend may be waiting for that.

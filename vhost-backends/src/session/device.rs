@@ -32,6 +32,12 @@ pub trait Device: Send + Sync {
         Err(ConfigRefused)
     }
 
+    /// Writes to configuration space, each with its offset, that bring a new device of this kind to
+    /// where this one is: for another process that takes its frontend over.
+    fn saved_config(&self) -> Vec<(u32, Vec<u8>)> {
+        Vec::new()
+    }
+
     /// Whether its queues and the guest's memory are reached through [`QueueSetup::ring`] and its
     /// chains alone. Then the session also offers what the ring does by itself: packed rings, the
     /// in-flight log and the dirty log.

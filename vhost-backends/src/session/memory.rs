@@ -105,6 +105,18 @@ impl MemoryTable {
         self.memory.as_ref()
     }
 
+    /// Every region, and its file once more.
+    pub(crate) fn regions(&self) -> impl Iterator<Item = (Region, std::io::Result<OwnedFd>)> {
+        self.slots.iter().map(|slot| {
+            let file = slot.mapping.file_offset().map(FileOffset::file);
+            let file = file.ok_or(std::io::ErrorKind::NotFound.into());
+            (
+                slot.region,
+                file.and_then(File::try_clone).map(OwnedFd::from),
+            )
+        })
+    }
+
     /// The guest-physical address that a `userspace_addr` stands for.
     pub(crate) fn translate(&self, user: u64) -> Option<GuestAddress> {
         self.slots.iter().find_map(|slot| {

@@ -17,6 +17,7 @@
 //! | `notifier` | calls to the frontend, which cannot block |
 //! | `quota` | how much a peer can make this process log |
 //! | `backend_channel` | what the backend has to say without being asked |
+//! | `handover` | a session between two processes |
 //! | `memfd` | memory that is given to the frontend |
 //! | `server` | connection after connection |
 //!
@@ -25,15 +26,16 @@
 
 mod backend_channel;
 mod device;
+pub(crate) mod handover;
 mod memfd;
 pub(crate) mod memory;
 mod notifier;
 pub(crate) mod quota;
 mod request;
 mod server;
-mod socket;
+pub(crate) mod socket;
 mod vring;
-mod wire;
+pub(crate) mod wire;
 
 pub use backend_channel::FrontendLink;
 pub use device::{ConfigRefused, Device, QueueSetup, QueueStop, QueueWorker};
@@ -97,6 +99,12 @@ struct Session<'d> {
     dirty_call: Arc<Notifier>,
     vrings: Vec<Vring>,
     status: u8,
+    /// The logs' files and the frontend's channel, as they came: for whoever takes this up.
+    inflight_file: Option<(Inflight, OwnedFd)>,
+    dirty_file: Option<(LogBase, OwnedFd)>,
+    link: Option<Arc<FrontendLink>>,
+    /// Nothing runs yet: the session is being taken up.
+    held: bool,
 }
 
 impl<'d> Session<'d> {
@@ -112,10 +120,14 @@ impl<'d> Session<'d> {
             dirty_call: Arc::default(),
             vrings: (0..device.queue_count()).map(Vring::new).collect(),
             status: 0,
+            inflight_file: None,
+            dirty_file: None,
+            link: None,
+            held: false,
         }
     }
 
-    /// Serves a connection until its end. Everything is drained and closed when this returns.
+    /// Serves a connection until its end, or until it is to pause. Everything is drained then.
     fn serve(&mut self, channel: &mut Channel<'_>) -> ChannelEnd {
         let end = loop {
             let answered = channel
@@ -126,7 +138,9 @@ impl<'d> Session<'d> {
             }
         };
         self.pause_all();
-        self.device.set_frontend(None);
+        if !matches!(end, ChannelEnd::Paused) {
+            self.device.set_frontend(None);
+        }
         end
     }
 
@@ -196,8 +210,9 @@ impl<'d> Session<'d> {
             Request::SetBackendChannel(fd) => {
                 self.need(VhostUserProtocolFeatures::BACKEND_REQ)?;
                 let ack = self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0;
-                let link = FrontendLink::new(fd, ack)?;
-                self.device.set_frontend(Some(Arc::new(link)));
+                let link = Arc::new(FrontendLink::new(fd, ack)?);
+                self.link = Some(Arc::clone(&link));
+                self.device.set_frontend(Some(link));
             }
             Request::GetVringBase(index) => {
                 let num = self.vring(u64::from(index))?.stop();
@@ -349,6 +364,7 @@ impl<'d> Session<'d> {
 
     fn set_inflight(&mut self, shape: Inflight, fd: OwnedFd) -> Result<(), Refusal> {
         self.need(VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
+        let kept = fd.try_clone()?;
         let log = InflightLog::map(
             File::from(fd),
             shape.mmap_offset,
@@ -358,6 +374,7 @@ impl<'d> Session<'d> {
         )?;
         self.pause_all();
         self.inflight = Some(Arc::new(log));
+        self.inflight_file = Some((shape, kept));
         self.start_all()
     }
 
@@ -370,9 +387,11 @@ impl<'d> Session<'d> {
 
     fn set_log(&mut self, base: LogBase, fd: OwnedFd) -> Result<Reply, Refusal> {
         self.need(VhostUserProtocolFeatures::LOG_SHMFD)?;
+        let kept = fd.try_clone()?;
         let log = DirtyLog::map(File::from(fd), base.mmap_offset, base.mmap_size)?;
         self.pause_all();
         self.dirty = Some(Arc::new(log));
+        self.dirty_file = Some((base, kept));
         self.start_all()?;
         Ok(Reply::Payload(base.as_bytes().to_vec()))
     }
@@ -393,6 +412,7 @@ impl<'d> Session<'d> {
             inflight: self.inflight.as_ref(),
             dirty: self.dirty.as_ref(),
             dirty_call: &self.dirty_call,
+            held: self.held,
         };
         (&mut self.vrings, with)
     }

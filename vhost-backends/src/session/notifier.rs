@@ -91,6 +91,13 @@ impl Notifier {
         Ok(())
     }
 
+    /// The descriptor once more, if there is one.
+    pub(crate) fn duplicate(&self) -> Option<io::Result<OwnedFd>> {
+        let guard = self.lock();
+        let file = guard.file.as_ref()?;
+        Some(file.try_clone().map(OwnedFd::from))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -4,6 +4,7 @@ use crate::limits::ACCEPT_RETRY_MILLIS;
 use crate::readiness::{Event, Interest, wait};
 use crate::session::Session;
 use crate::session::device::Device;
+use crate::session::handover::{Connection, Gate, PausePoint};
 use crate::session::quota::PEER_LINES;
 use crate::session::socket::{Channel, ChannelEnd};
 use std::io;
@@ -22,6 +23,8 @@ pub enum SessionEnd {
     Stopped,
     /// The frontend sent what is not a message, or the socket failed.
     Broken,
+    /// Another process serves the frontend on the same connection.
+    HandedOver,
 }
 
 /// What a server tells about its connections.
@@ -41,8 +44,8 @@ pub enum ConnectionEvent {
 pub fn serve(device: &dyn Device, stream: UnixStream) -> io::Result<()> {
     // Nobody sets it: hanging up is what ends this.
     let never = Event::new()?;
-    match serve_until(device, stream, never.as_fd()) {
-        SessionEnd::HangUp | SessionEnd::Stopped => Ok(()),
+    match serve_until(device, stream, never.as_fd(), None) {
+        SessionEnd::HangUp | SessionEnd::Stopped | SessionEnd::HandedOver => Ok(()),
         SessionEnd::Broken => Err(io::Error::other("the connection broke")),
     }
 }
@@ -55,6 +58,7 @@ pub struct Server {
     device: Arc<dyn Device>,
     stop: Arc<OwnedFd>,
     watch: Option<Arc<Watch>>,
+    point: Option<Arc<PausePoint>>,
 }
 
 impl std::fmt::Debug for Server {
@@ -71,6 +75,7 @@ impl Server {
             device,
             stop,
             watch: None,
+            point: None,
         }
     }
 
@@ -80,11 +85,52 @@ impl Server {
         self
     }
 
+    /// Stops at `point` when that is asked for, and may leave what it serves there to another
+    /// process.
+    pub(crate) fn pausing(mut self, point: Arc<PausePoint>) -> Server {
+        self.point = Some(point);
+        self
+    }
+
+    /// Takes up what another process served, and serves it once the gate opens. `None`: it did
+    /// not, and nothing was done.
+    pub(crate) fn take_up(&self, connection: Connection, gate: &Gate) -> Option<SessionEnd> {
+        let Connection {
+            stream,
+            messages,
+            config,
+        } = connection;
+        let point = self.point.as_deref();
+        let mut channel = Channel::new(stream, self.stop.as_fd()).pausing(point);
+        let mut session = Session::new(&*self.device);
+        let ready = match session.restore(messages) {
+            Err(refusal) => Err(format!("its state cannot be taken up: {refusal}")),
+            Ok(()) if self.device.config() != config => {
+                Err("the device is not the one that the frontend knows".into())
+            }
+            Ok(()) => Ok(()),
+        };
+        if !gate.pass(ready) {
+            return None;
+        }
+        session.release();
+        gate.serves();
+        self.tell(ConnectionEvent::Connected);
+        let end = go_on(session, &mut channel, point);
+        self.tell(ConnectionEvent::Ended(end));
+        Some(end)
+    }
+
     /// Serves one connection. When this returns, all I/O is drained and every descriptor that
     /// came over the connection is closed.
     pub fn serve(&self, stream: UnixStream) -> SessionEnd {
         self.tell(ConnectionEvent::Connected);
-        let end = serve_until(&*self.device, stream, self.stop.as_fd());
+        let end = serve_until(
+            &*self.device,
+            stream,
+            self.stop.as_fd(),
+            self.point.as_deref(),
+        );
         self.tell(ConnectionEvent::Ended(end));
         end
     }
@@ -99,15 +145,18 @@ impl Server {
     pub fn run(&self, listener: &UnixListener) -> io::Result<()> {
         listener.set_nonblocking(true)?;
         loop {
-            let ready = wait(
-                [
-                    (self.stop.as_fd(), Interest::Read),
-                    (listener.as_fd(), Interest::Read),
-                ],
-                None,
-            )?;
-            if ready[0] {
-                return Ok(());
+            let stop = self.stop.as_fd();
+            let pause = self.point.as_ref().map_or(stop, |point| point.as_fd());
+            let fds = [stop, pause, listener.as_fd()];
+            match (wait(fds.map(|fd| (fd, Interest::Read)), None)?, &self.point) {
+                ([true, ..], _) => return Ok(()),
+                ([_, true, _], Some(point)) => {
+                    if point.park(Ok(None)) {
+                        continue;
+                    }
+                    return Ok(());
+                }
+                _ => {}
             }
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
@@ -122,7 +171,10 @@ impl Server {
                 }
                 Err(error) => return Err(error),
             };
-            if self.serve(stream) == SessionEnd::Stopped {
+            if matches!(
+                self.serve(stream),
+                SessionEnd::Stopped | SessionEnd::HandedOver
+            ) {
                 return Ok(());
             }
         }
@@ -142,16 +194,38 @@ impl Server {
     }
 }
 
-fn serve_until(device: &dyn Device, stream: UnixStream, stop: BorrowedFd<'_>) -> SessionEnd {
-    let mut channel = Channel::new(stream, stop);
-    match Session::new(device).serve(&mut channel) {
-        ChannelEnd::HangUp => SessionEnd::HangUp,
-        ChannelEnd::Stopped => SessionEnd::Stopped,
-        other => {
-            if PEER_LINES.may_say() {
-                tracing::warn!(reason = %other, "connection ended");
+fn serve_until(
+    device: &dyn Device,
+    stream: UnixStream,
+    stop: BorrowedFd<'_>,
+    point: Option<&PausePoint>,
+) -> SessionEnd {
+    let mut channel = Channel::new(stream, stop).pausing(point);
+    go_on(Session::new(device), &mut channel, point)
+}
+
+fn go_on(
+    mut session: Session<'_>,
+    channel: &mut Channel<'_>,
+    point: Option<&PausePoint>,
+) -> SessionEnd {
+    loop {
+        let end = session.serve(channel);
+        match (end, point) {
+            (ChannelEnd::HangUp, _) => return SessionEnd::HangUp,
+            (ChannelEnd::Stopped, _) => return SessionEnd::Stopped,
+            (ChannelEnd::Paused, Some(point)) => {
+                if !point.park(session.leave_on(channel).map(Some)) {
+                    return SessionEnd::HandedOver;
+                }
+                session.release();
             }
-            SessionEnd::Broken
+            (other, _) => {
+                if PEER_LINES.may_say() {
+                    tracing::warn!(reason = %other, "connection ended");
+                }
+                return SessionEnd::Broken;
+            }
         }
     }
 }

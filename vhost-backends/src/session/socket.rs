@@ -4,6 +4,7 @@
 
 use crate::limits::{MAX_MESSAGE_FDS, MAX_PAYLOAD, MESSAGE_TIMEOUT_SECS};
 use crate::readiness::{Interest, wait};
+use crate::session::handover::PausePoint;
 use crate::session::wire::{FLAG_REPLY, HEADER_LEN, Header, VERSION};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -31,6 +32,9 @@ pub(crate) enum ChannelEnd {
     /// The stop event is set.
     #[error("stopped")]
     Stopped,
+    /// Between two messages, it was asked to pause.
+    #[error("paused")]
+    Paused,
     /// The peer hung up in the middle of a message, or took too long over one.
     #[error("half a message")]
     Half,
@@ -47,20 +51,51 @@ pub(crate) enum ChannelEnd {
 pub(crate) struct Channel<'s> {
     stream: UnixStream,
     stop: BorrowedFd<'s>,
+    point: Option<&'s PausePoint>,
+    /// Until when a message is waited for.
+    patience: Option<Instant>,
 }
 
 impl<'s> Channel<'s> {
     pub(crate) fn new(stream: UnixStream, stop: BorrowedFd<'s>) -> Channel<'s> {
-        Channel { stream, stop }
+        Channel {
+            stream,
+            stop,
+            point: None,
+            patience: None,
+        }
+    }
+
+    /// Pauses between two messages when that is asked for.
+    pub(crate) fn pausing(self, point: Option<&'s PausePoint>) -> Channel<'s> {
+        Channel { point, ..self }
+    }
+
+    /// Waits for messages until then and no longer.
+    pub(crate) fn until(self, patience: Instant) -> Channel<'s> {
+        let patience = Some(patience);
+        Channel { patience, ..self }
+    }
+
+    pub(crate) fn stream(&self) -> &UnixStream {
+        &self.stream
     }
 
     /// Waits for the next message.
     pub(crate) fn receive(&mut self) -> Result<Message, ChannelEnd> {
         let mut fds = Vec::new();
         let mut truncated = false;
-        // A peer that never pauses must not keep this from being stopped.
-        if ready(self.stop, Interest::Read) {
-            return Err(ChannelEnd::Stopped);
+        // Asked for every message: a peer that never pauses must not keep this from being stopped.
+        let left = self
+            .patience
+            .map(|until| until.saturating_duration_since(Instant::now()));
+        let pause = self.point.map_or(self.stop, AsFd::as_fd);
+        let waits = [self.stop, pause, self.stream.as_fd()];
+        match wait(waits.map(|fd| (fd, Interest::Read)), left)? {
+            [true, ..] => return Err(ChannelEnd::Stopped),
+            [_, true, _] => return Err(ChannelEnd::Paused),
+            [.., false] => return Err(ChannelEnd::Half),
+            [.., true] => {}
         }
         let mut head = [0; HEADER_LEN];
         if !self.fill(&mut head, &mut fds, &mut truncated, None)? {
@@ -84,6 +119,32 @@ impl<'s> Channel<'s> {
         })
     }
 
+    /// Sends a message that is no reply, with descriptors.
+    pub(crate) fn send(
+        &mut self,
+        request: u32,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), ChannelEnd> {
+        let header = Header {
+            request,
+            flags: VERSION,
+            // Whoever receives it refuses more than MAX_PAYLOAD.
+            size: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+        };
+        let bytes = [header.as_bytes(), payload].concat();
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let deadline = Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS);
+        // The descriptors go with the first byte.
+        let sent = loop {
+            match self.stream.send_with_fds(&[bytes.as_slice()], &raw) {
+                Ok(sent) => break sent,
+                Err(error) => self.after(error.into(), Interest::Write, Some(deadline))?,
+            }
+        };
+        self.send_all(bytes.get(sent..).unwrap_or_default(), deadline)
+    }
+
     /// Sends a reply to `request`.
     pub(crate) fn reply(&mut self, request: u32, payload: &[u8]) -> Result<(), ChannelEnd> {
         let header = Header {
@@ -94,7 +155,10 @@ impl<'s> Channel<'s> {
         };
         let bytes = [header.as_bytes(), payload].concat();
         let deadline = Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS);
-        let mut rest = bytes.as_slice();
+        self.send_all(&bytes, deadline)
+    }
+
+    fn send_all(&mut self, mut rest: &[u8], deadline: Instant) -> Result<(), ChannelEnd> {
         while !rest.is_empty() {
             // SAFETY: `rest` is valid for its length through the call.
             let n = unsafe {

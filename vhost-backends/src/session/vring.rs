@@ -30,6 +30,8 @@ pub(crate) struct Surroundings<'s> {
     pub(crate) inflight: Option<&'s Arc<InflightLog>>,
     pub(crate) dirty: Option<&'s Arc<DirtyLog>>,
     pub(crate) dirty_call: &'s Arc<Notifier>,
+    /// Queues are checked and not started.
+    pub(crate) held: bool,
 }
 
 impl Surroundings<'_> {
@@ -45,23 +47,23 @@ impl Surroundings<'_> {
 
 /// One queue of a session.
 pub(crate) struct Vring {
-    index: u16,
-    size: Option<u16>,
+    pub(super) index: u16,
+    pub(super) size: Option<u16>,
     /// In the frontend's address space.
-    addr: Option<VringAddr>,
+    pub(super) addr: Option<VringAddr>,
     /// As `SET_VRING_BASE` and `GET_VRING_BASE` have it.
-    base: u32,
-    kick: Option<OwnedFd>,
-    call: Arc<Notifier>,
-    err: Arc<Notifier>,
+    pub(super) base: u32,
+    pub(super) kick: Option<OwnedFd>,
+    pub(super) call: Arc<Notifier>,
+    pub(super) err: Arc<Notifier>,
     /// What `SET_VRING_ENABLE` said last, if anything.
-    enable: Option<bool>,
+    pub(super) enable: Option<bool>,
     worker: Option<Box<dyn QueueWorker>>,
     /// The ring that runs, or ran last, is a packed one.
     packed: bool,
     /// Set when the ring broke a rule; a new base or a reset clear it. New
     /// addresses do not: frontends send those again while the driver runs, to log or not to.
-    retired: bool,
+    pub(super) retired: bool,
 }
 
 impl Vring {
@@ -169,6 +171,9 @@ impl Vring {
             let ring = (addr.flags & VRING_F_LOG != 0).then_some(addr.log);
             let call = Arc::clone(with.dirty_call);
             setup.dirty = Some(RingDirty::new(Arc::clone(log), call, ring));
+        }
+        if with.held {
+            return Ok(());
         }
         self.worker = Some(with.device.open_queue(QueueSetup {
             index: self.index,

@@ -1,10 +1,11 @@
 //! The program `pv-blkd` as a process, ended with its test whatever happens.
 #![allow(unsafe_code, dead_code)]
-// UNSAFETY: signals are sent to the child.
+// UNSAFETY: signals are sent to the child, and descriptors kept from it.
 
 use super::{Disk, FEATURES, Frontend, TIMEOUT};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +15,17 @@ const MIB: u64 = 1 << 20;
 pub(crate) fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
     command.stdin(Stdio::null()).stderr(Stdio::piped());
+    // Frontends of other tests have descriptors that a child would inherit.
+    // SAFETY: close_range is async-signal-safe and takes no pointer.
+    unsafe {
+        command.pre_exec(|| {
+            let on_exec = libc::CLOSE_RANGE_CLOEXEC as libc::c_int;
+            match libc::syscall(libc::SYS_close_range, 3, u32::MAX, on_exec) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        })
+    };
     command
 }
 

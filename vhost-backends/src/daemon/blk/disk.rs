@@ -6,6 +6,7 @@ use crate::engine::{
     Store, create_overlay,
 };
 use clap::{Args, ValueEnum};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -47,8 +48,25 @@ pub(super) struct UseArgs {
     no_lock: bool,
 }
 
-/// A disk that was opened, and what keeps others from its images.
-pub(super) type Opened = (Arc<dyn Store>, Vec<ImageLock>);
+/// A disk that was opened.
+pub(super) struct Opened {
+    pub(super) store: Arc<dyn Store>,
+    /// What keeps others from its images.
+    pub(super) locks: Vec<ImageLock>,
+    /// What it is, for another process to take it over; or why none can.
+    pub(super) identity: Result<String, &'static str>,
+}
+
+impl Opened {
+    fn new(store: Arc<dyn Store>, identity: Result<String, &'static str>) -> Opened {
+        let locks = Vec::new();
+        Opened {
+            store,
+            locks,
+            identity,
+        }
+    }
+}
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum ImageFormat {
@@ -87,16 +105,23 @@ impl DiskArgs {
             || self.null.is_some()
     }
 
-    /// Opens it. The error is a sentence.
-    pub(super) fn open(&self, how: &UseArgs, queues: u16) -> Result<Opened, String> {
+    /// Opens it. `taking_over`: another process holds its locks, and will hand them over. The error
+    /// is a sentence.
+    pub(super) fn open(
+        &self,
+        how: &UseArgs,
+        queues: u16,
+        taking_over: bool,
+    ) -> Result<Opened, String> {
         let options = FileOptions {
             read_only: how.read_only,
             direct: how.direct,
         };
         if let Some(path) = &self.blk_file {
             return match &how.overlay {
+                _ if taking_over && !how.is_plain() => Err(IN_MEMORY.into()),
                 Some(overlay) => open_overlay(overlay, path, how, options),
-                None => open_image(path, how, options),
+                None => open_image(path, how, options, taking_over),
             };
         }
         if let Some(address) = &self.nbd {
@@ -105,15 +130,25 @@ impl DiskArgs {
                     let shown = address.socket.display();
                     format!("cannot use the NBD server at {shown}: {}", chained(&error))
                 })?;
-            return Ok((Arc::new(store), Vec::new()));
+            let several = store.max_queues().is_none();
+            let identity = if several {
+                Ok(format!("nbd {address:?}"))
+            } else {
+                Err("the NBD server allows one connection only")
+            };
+            return Ok(Opened::new(Arc::new(store), identity));
         }
         if let Some(bytes) = self.memory {
             let store = MemoryStore::new(bytes)
                 .map_err(|error| format!("cannot make a disk in memory: {error}"))?;
-            return Ok((Arc::new(store), Vec::new()));
+            let identity = Err("a disk in memory is gone with its process");
+            return Ok(Opened::new(Arc::new(store), identity));
         }
         match self.null {
-            Some(bytes) => Ok((Arc::new(NullStore::new(bytes)), Vec::new())),
+            Some(bytes) => Ok(Opened::new(
+                Arc::new(NullStore::new(bytes)),
+                Ok(format!("null {bytes}")),
+            )),
             None => Err(
                 "--blk-file is needed, or --nbd, --memory or --null: which disk to serve".into(),
             ),
@@ -134,6 +169,11 @@ impl UseArgs {
         Ok(locks)
     }
 
+    /// A raw image by itself.
+    fn is_plain(&self) -> bool {
+        self.format == ImageFormat::Raw && self.overlay.is_none()
+    }
+
     fn own(&self) -> Use {
         if self.read_only {
             Use::Read
@@ -143,16 +183,37 @@ impl UseArgs {
     }
 }
 
-fn open_image(path: &Path, how: &UseArgs, options: FileOptions) -> Result<Opened, String> {
-    let locks = how.lock(path, how.own(), how.format == ImageFormat::Qcow2)?;
+/// Parts of such an image are in this process's memory alone.
+const IN_MEMORY: &str = "qcow2 images and overlays are not handed from process to process";
+
+fn open_image(
+    path: &Path,
+    how: &UseArgs,
+    options: FileOptions,
+    taking_over: bool,
+) -> Result<Opened, String> {
+    let locks = if taking_over && !how.no_lock {
+        vec![ImageLock::later(path, how.own())?]
+    } else {
+        how.lock(path, how.own(), how.format == ImageFormat::Qcow2)?
+    };
     let store: std::io::Result<Arc<dyn Store>> = match how.format {
         ImageFormat::Raw => RawFile::open(path, options).map(|file| Arc::new(file) as _),
         ImageFormat::Qcow2 => {
             Qcow2Disk::open(path, options).map(|disk| Arc::new(BlockingStore::new(disk)) as _)
         }
     };
-    match store {
-        Ok(store) => Ok((store, locks)),
+    let identity = std::fs::metadata(path).map(|m| format!("image {}:{}", m.dev(), m.ino()));
+    match store.and_then(|store| Ok((store, identity?))) {
+        Ok((store, identity)) => Ok(Opened {
+            store,
+            locks,
+            identity: if how.is_plain() {
+                Ok(identity)
+            } else {
+                Err(IN_MEMORY)
+            },
+        }),
         Err(error) => Err(format!(
             "cannot open the disk image {}: {error}",
             path.display()
@@ -177,7 +238,11 @@ fn open_overlay(
     }
     locks.extend(how.lock(overlay, how.own(), false)?);
     match Qcow2Disk::open_overlay(overlay, base, qcow2, options) {
-        Ok(disk) => Ok((Arc::new(BlockingStore::new(disk)), locks)),
+        Ok(disk) => Ok(Opened {
+            store: Arc::new(BlockingStore::new(disk)),
+            locks,
+            identity: Err(IN_MEMORY),
+        }),
         Err(error) => Err(cannot("open", error)),
     }
 }

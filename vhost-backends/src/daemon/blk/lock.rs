@@ -9,8 +9,8 @@
 use crate::limits::{LOCK_RETRY_MILLIS, LOCK_WAIT_MILLIS, MAX_BACKING_DEPTH};
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -33,19 +33,21 @@ pub(super) enum Use {
 
 /// A lock on an image, held while this exists.
 #[derive(Debug)]
-pub(super) struct ImageLock(#[expect(dead_code, reason = "held for its lock")] File);
+pub(super) struct ImageLock {
+    file: File,
+    how: Use,
+}
 
 impl ImageLock {
     /// Locks an image. One that is in use may be about to be free: waits a moment for that. `None`
     /// where the file system has no locks. The error is a sentence.
     pub(super) fn take(path: &Path, how: Use) -> Result<Option<ImageLock>, String> {
         let shown = path.display();
-        let file = File::open(path)
-            .map_err(|error| format!("cannot open the disk image {shown}: {error}"))?;
+        let ImageLock { file, how } = ImageLock::later(path, how)?;
         let deadline = Instant::now() + Duration::from_millis(LOCK_WAIT_MILLIS);
         loop {
             match lock(&file, how) {
-                Ok(true) => return Ok(Some(ImageLock(file))),
+                Ok(true) => return Ok(Some(ImageLock { file, how })),
                 Ok(false) if Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(LOCK_RETRY_MILLIS));
                 }
@@ -66,6 +68,41 @@ impl ImageLock {
                     return Ok(None);
                 }
             }
+        }
+    }
+
+    /// A lock that will be another process's.
+    pub(super) fn later(path: &Path, how: Use) -> Result<ImageLock, String> {
+        match File::open(path) {
+            Ok(file) => Ok(ImageLock { file, how }),
+            Err(error) => Err(format!(
+                "cannot open the disk image {}: {error}",
+                path.display()
+            )),
+        }
+    }
+
+    /// The lock, for another process too.
+    pub(super) fn hand_over(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
+    }
+
+    /// Takes the lock that another process held on the same image, or one of its own if there was
+    /// none. The error is a sentence.
+    pub(super) fn take_over(&mut self, held: &[File]) -> Result<(), String> {
+        let cannot = |error: io::Error| format!("cannot lock the disk image: {error}");
+        let identity = |file: &File| file.metadata().map(|m| (m.dev(), m.ino()));
+        let ours = identity(&self.file).map_err(cannot)?;
+        for file in held {
+            if identity(file).map_err(cannot)? == ours {
+                self.file = file.try_clone().map_err(cannot)?;
+                return Ok(());
+            }
+        }
+        match lock(&self.file, self.how) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("the disk image is in use by another program".into()),
+            Err(error) => Err(cannot(error)),
         }
     }
 

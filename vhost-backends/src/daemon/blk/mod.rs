@@ -4,16 +4,20 @@ mod cli;
 mod disk;
 mod lock;
 
-use super::{Denied, Fleet, Member, Sockets};
+use super::{Denied, Fleet, Handed, Member, Sockets};
 use crate::block::{BlockDevice, BlockOptions};
+use crate::engine::Store;
 use crate::limit::Limits;
-use crate::session::{ConnectionEvent, SessionEnd};
+use crate::session::{ConnectionEvent, Device, SessionEnd};
 use crate::stats::{DiskReport, json, prometheus};
 use cli::{Cli, OneDisk};
 use lock::ImageLock;
+use pv_abi::virtio::block::feature;
 use std::ffi::OsString;
+use std::fs::File;
+use std::io;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Runs `pv-blkd` with this command line, the program's name first. Takes the calling thread, the
 /// process's panic hook, SIGTERM and SIGINT, and confines the process for good.
@@ -37,7 +41,17 @@ struct Served {
     name: String,
     device: Arc<BlockDevice>,
     /// Held while the disk is served.
-    _locks: Vec<ImageLock>,
+    locks: Mutex<Vec<ImageLock>>,
+    /// What it is, for another process; or why none can serve it.
+    identity: Result<String, &'static str>,
+}
+
+impl Served {
+    /// What another process must have opened to serve this.
+    fn describe(&self, identity: &str) -> String {
+        let read_only = self.device.features() & feature::RO != 0;
+        format!("{identity}, read-only {read_only}")
+    }
 }
 
 /// All disks of a daemon.
@@ -48,12 +62,14 @@ impl Disks {
     fn open(disks: Vec<(String, OneDisk)>, sockets: &mut Sockets) -> Result<Disks, String> {
         let mut served = Vec::new();
         for (name, disk) in disks {
-            let (device, locks) = open_disk(&name, &disk)?;
+            let opened = (disk.source).open(&disk.how, disk.num_queues, sockets.taking_over())?;
+            let device = device(&name, &disk, opened.store)?;
             sockets.open(disk.socket, &name)?;
             served.push(Served {
                 name,
                 device: Arc::new(device),
-                _locks: locks,
+                locks: Mutex::new(opened.locks),
+                identity: opened.identity,
             });
         }
         Ok(Disks(served))
@@ -129,14 +145,44 @@ impl Fleet for Disks {
         }
     }
 
+    fn hand_over(&self, index: usize) -> Result<Handed, String> {
+        let disk = self.0.get(index).ok_or("no such disk")?;
+        let identity = match &disk.identity {
+            Ok(identity) => disk.describe(identity),
+            Err(reason) => return Err(format!("{}: {reason}", disk.name)),
+        };
+        let locks = disk.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        let fds: io::Result<Vec<_>> = locks.iter().map(ImageLock::hand_over).collect();
+        let fds = fds.map_err(|error| format!("{}: {error}", disk.name))?;
+        Ok(Handed { identity, fds })
+    }
+
+    fn take_over(&self, index: usize, handed: Handed) -> Result<(), String> {
+        let disk = self.0.get(index).ok_or("no such disk")?;
+        let in_sentence = |reason: &str| format!("{}: {reason}", disk.name);
+        let identity = disk
+            .identity
+            .as_ref()
+            .map_err(|reason| in_sentence(reason))?;
+        if disk.describe(identity) != handed.identity {
+            return Err(in_sentence("the running daemon serves something else"));
+        }
+        let held: Vec<File> = handed.fds.into_iter().map(File::from).collect();
+        let mut locks = disk.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        for lock in locks.iter_mut() {
+            lock.take_over(&held)
+                .map_err(|reason| in_sentence(&reason))?;
+        }
+        Ok(())
+    }
+
     fn requests(&self) -> &'static str {
         "GET /metrics, GET /stats, PUT /disks/NAME/limits, PUT /disks/NAME/resize"
     }
 }
 
-fn open_disk(name: &str, disk: &OneDisk) -> Result<(BlockDevice, Vec<ImageLock>), String> {
+fn device(name: &str, disk: &OneDisk, store: Arc<dyn Store>) -> Result<BlockDevice, String> {
     let limits = disk.limits()?;
-    let (store, locks) = disk.source.open(&disk.how, disk.num_queues)?;
     let mut block = BlockOptions::with_queues(disk.num_queues);
     if disk.id.is_some() {
         block.id.fill(0);
@@ -146,5 +192,5 @@ fn open_disk(name: &str, disk: &OneDisk) -> Result<(BlockDevice, Vec<ImageLock>)
     }
     let device = BlockDevice::on(store, block);
     device.limiter().set(limits);
-    Ok((device, locks))
+    Ok(device)
 }
