@@ -6,6 +6,7 @@ use pv_abi::layout::{LARGE_PAGE_SIZE, PAGE_SIZE};
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -184,7 +185,8 @@ impl Region {
             .map_err(io::Error::other)
     }
 
-    /// What the kernel says of this mapping in `smaps`; zeroes where it does not say.
+    /// What the kernel says of this mapping in `smaps`; zeroes where it does not say. Of a memfd, what
+    /// is there of the file: another process may have touched pages that this one has not.
     pub(crate) fn usage(&self) -> Usage {
         let asked = self.huge.load(std::sync::atomic::Ordering::Relaxed);
         let mut usage = Usage {
@@ -214,6 +216,9 @@ impl Region {
                     _ => {}
                 }
             }
+        }
+        if let Some(file) = self.file().and_then(|file| file.metadata().ok()) {
+            usage.resident = file.blocks() * 512;
         }
         usage
     }
@@ -251,4 +256,27 @@ fn memfd(name: &str, len: u64, seals: libc::c_int) -> io::Result<File> {
         return Err(io::Error::last_os_error());
     }
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn pages_that_another_process_has_touched_are_resident() {
+        let region = Region::new(4 << 20, Backing::Memfd("pv-test")).unwrap();
+        assert_eq!(region.usage().resident, 0);
+        // Through the file: nothing is mapped here, as when a guest's own process touches them.
+        let file = region.file().unwrap();
+        for page in 0..10 {
+            file.write_all_at(b"x", page * PAGE_SIZE).unwrap();
+        }
+        assert_eq!(region.usage().resident, 10 * PAGE_SIZE);
+        let anonymous = Region::new(4 << 20, Backing::Anonymous).unwrap();
+        anonymous
+            .write_bytes(0, &[1; 3 * PAGE_SIZE as usize])
+            .unwrap();
+        assert_eq!(anonymous.usage().resident, 3 * PAGE_SIZE);
+    }
 }
