@@ -210,6 +210,8 @@ pub(crate) trait AccelVm: Send + Sync {
     fn wait_dead(&self, deadline: Option<Instant>) -> bool;
     /// Ends the guest's execution for good; vCPUs return `Gone` or `Interrupted`.
     fn kill(&self);
+    /// Whether the guest's TSC is the host's, without an offset.
+    fn shows_host_tsc(&self) -> bool;
     fn sandbox_report(&self) -> SandboxReport;
 }
 

@@ -1,41 +1,38 @@
 //! Building a VM: everything is checked, made and connected before anything runs.
 
+use super::built::{EndUnlessRun, Vm};
 use super::calls::{Call, Registry, RegistryError};
 use super::clock::{self, Clock};
+use super::contents::{load, write_boot_block, write_vcpu_page};
 use super::dispatch::CORE_NUMBERS;
 use super::events::EventTable;
-use super::handle::{VmError, VmHandle};
 use super::shared::{LogSink, Shared, SharedParts};
 use super::stats::Counters;
 use super::threads;
+use super::wanted::{Wanted, slots};
 use super::{LogLevel, VmEvent};
-use crate::accel::{Accel, AccelError, AccelInput, Reporter, Vcpu};
+use crate::accel::{Accel, AccelError, AccelInput, Reporter};
 use crate::device::block::BlockConfig;
 use crate::device::console::{Console, Input, Output};
-use crate::device::local::{LocalEndpoint, LocalThread, Starter};
+use crate::device::local::{LocalEndpoint, LocalThread};
 use crate::device::net::NetConfig;
 use crate::device::rng::Rng;
 use crate::device::vhost_user::link::{EventSink, Reports};
 use crate::device::vhost_user::{Link, Remote};
-use crate::device::{Backend, DeviceInfo, DeviceIo, Offer, Slot, console, rng};
-use crate::fault::ExitReason;
+use crate::device::{Backend, Offer, console, rng};
 use crate::image::Image;
 use crate::limits::{CLOCK_UPDATE, HOST_ARENA, HOST_QUEUE_SIZE, MAX_MEMORY, MIN_ARENA, MIN_MEMORY};
 use crate::memory::map::AddressMap;
 use crate::memory::{GuestMemory, MemoryKind, MemoryPlan};
-use pv_abi::boot::{BootBlock, MAGIC};
 use pv_abi::device::kind;
-use pv_abi::layout::{ARENA_STRIDE, BOOT_BLOCK_BASE, PAGE_SIZE, VMM_BASE, vcpu_page};
+use pv_abi::layout::ARENA_STRIDE;
 use pv_abi::limits::{
     MAX_ARENAS, MAX_CMDLINE, MAX_DEVICES, MAX_EVENTS, MAX_QUEUE_SIZE, MAX_QUEUES, MAX_VCPUS,
 };
-use pv_abi::vcpu::VcpuPage;
 use std::io::{self, Write};
-use std::mem::offset_of;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-use zerocopy::FromZeros;
 
 /// Why a VM could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -416,6 +413,10 @@ impl VmBuilder {
                 crate::accel::process::create(input, &reporter, faults, &mut prepare)?
             }
         };
+        if !accel_vm.shows_host_tsc() {
+            shared.clock.distrust_tsc();
+            shared.clock.publish(&memory, true)?;
+        }
         let _ = shared.accel.set(accel_vm);
         let prepared = local.ok_or_else(|| io::Error::other("the guest was not loaded"));
         let (mut local, starter) = prepared?;
@@ -517,107 +518,6 @@ impl VmBuilder {
     }
 }
 
-/// A device that the VM shall have.
-struct Wanted {
-    kind: u32,
-    name: String,
-    queues: u16,
-    queue_size: u16,
-    /// Index among the devices with a vhost-user backend, which have arenas of their own.
-    remote: Option<usize>,
-}
-
-fn slots(
-    wants: &[Wanted],
-    memory: &Arc<GuestMemory>,
-    events: &Arc<EventTable>,
-    counters: &Arc<Counters>,
-    local: bool,
-) -> io::Result<Vec<Arc<Slot>>> {
-    let mut event_base = 0;
-    let mut slots = Vec::new();
-    for (index, want) in (0u32..).zip(wants) {
-        // Arena 0 is the in-process devices', if there are any.
-        let arena = want.remote.map_or(0, |r| r + usize::from(local));
-        let found = memory.arenas.get(arena).cloned();
-        let found = found.ok_or_else(|| io::Error::other("a device has no arena"))?;
-        let info = DeviceInfo {
-            index,
-            kind: want.kind,
-            name: want.name.clone(),
-            arena: u32::try_from(arena).map_err(io::Error::other)?,
-            event_base,
-            queue_count: want.queues,
-            max_queue_size: want.queue_size,
-        };
-        let io = DeviceIo {
-            arena: found,
-            events: Arc::clone(events),
-            event_base,
-        };
-        event_base += u32::from(want.queues) + 1;
-        let (memory, counters) = (Arc::clone(memory), Arc::clone(counters));
-        slots.push(Arc::new(Slot::new(info, io, memory, counters)));
-    }
-    Ok(slots)
-}
-
-fn load(image: &Image, memory: &GuestMemory) -> io::Result<()> {
-    for segment in image.segments() {
-        let bytes = image.bytes().get(segment.file.clone()).unwrap_or_default();
-        let missing = || io::Error::other("a segment lies outside private RAM");
-        let (ram, offset) = memory
-            .private(segment.gpa, segment.len)
-            .ok_or_else(missing)?;
-        ram.populate(offset, segment.len);
-        ram.write_bytes(offset + segment.lead, bytes)?;
-    }
-    Ok(())
-}
-
-fn write_boot_block(
-    memory: &GuestMemory,
-    map: &AddressMap,
-    accel: Accel,
-    (vcpus, devices): (u32, usize),
-    features: u64,
-    cmdline: &str,
-) -> io::Result<()> {
-    let mut boot = BootBlock::new_zeroed();
-    boot.magic = MAGIC;
-    boot.abi_major = pv_abi::ABI_MAJOR;
-    boot.abi_minor = pv_abi::ABI_MINOR;
-    boot.size = u32::try_from(size_of::<BootBlock>()).map_err(io::Error::other)?;
-    boot.accel = accel.abi_code();
-    boot.vcpu_count = vcpus;
-    boot.features = features;
-    boot.baseline = pv_abi::baseline::X86_64_V2;
-    boot.device_count = u32::try_from(devices).map_err(io::Error::other)?;
-    boot.memory_map_count = u32::try_from(map.boot.len()).map_err(io::Error::other)?;
-    boot.cmdline_len = u32::try_from(cmdline.len()).map_err(io::Error::other)?;
-    for (to, from) in boot.memory_map.iter_mut().zip(&map.boot) {
-        *to = *from;
-    }
-    for (to, from) in boot.cmdline.iter_mut().zip(cmdline.bytes()) {
-        *to = from;
-    }
-    memory.vmm.write(BOOT_BLOCK_BASE - VMM_BASE, &boot)
-}
-
-fn write_vcpu_page(memory: &GuestMemory, vcpu: u32, count: u32) -> io::Result<()> {
-    let page = vcpu_page(vcpu);
-    let at = page - VMM_BASE;
-    memory
-        .vmm
-        .write(at + offset_of!(VcpuPage, self_gpa) as u64, &page)?;
-    memory
-        .vmm
-        .write(at + offset_of!(VcpuPage, index) as u64, &vcpu)?;
-    memory
-        .vmm
-        .write(at + offset_of!(VcpuPage, count) as u64, &count)
-}
-
 fn clock_updates(shared: &Arc<Shared>) -> (Duration, Box<dyn FnMut() + Send>) {
     let shared = Arc::downgrade(shared);
     let update = move || {
@@ -663,58 +563,3 @@ impl<F: FnMut(&[u8])> Write for Callback<F> {
         Ok(())
     }
 }
-
-/// Ends a VM that nobody has run.
-pub(super) struct EndUnlessRun(pub(super) Option<Arc<Shared>>);
-
-impl Drop for EndUnlessRun {
-    fn drop(&mut self) {
-        if let Some(shared) = self.0.take() {
-            shared.finish(ExitReason::Stopped);
-            threads::join(&shared);
-            for slot in &shared.devices {
-                slot.shut_down();
-            }
-        }
-    }
-}
-
-/// A VM that has been built and has not run.
-pub struct Vm {
-    pub(super) guard: EndUnlessRun,
-    pub(super) shared: Arc<Shared>,
-    pub(super) vcpus: Vec<Box<dyn Vcpu>>,
-    pub(super) links: Vec<Link>,
-    pub(super) local: LocalThread,
-    /// Starts `local` where that can wait until the vCPUs run.
-    pub(super) late: Option<Starter>,
-    pub(super) input: Option<Arc<Input>>,
-    pub(super) accel: Accel,
-    pub(super) entry: u64,
-    pub(super) boot_deadline: Option<Duration>,
-}
-
-impl std::fmt::Debug for Vm {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Vm")
-            .field("accel", &self.accel)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Vm {
-    /// The accel it will run on.
-    pub fn accel(&self) -> Accel {
-        self.accel
-    }
-
-    /// Starts the first vCPU.
-    ///
-    /// # Errors
-    /// [`VmError::Host`] when a thread cannot be started.
-    pub fn run(self) -> Result<VmHandle, VmError> {
-        VmHandle::start(self)
-    }
-}
-
-const _: () = assert!(PAGE_SIZE as usize == size_of::<VcpuPage>());

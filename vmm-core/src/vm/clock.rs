@@ -1,6 +1,10 @@
-//! The clock page: calibrated against the host's monotonic clock, updated while the VM runs.
+//! The clock page: calibrated against the host's boot-time clock, updated while the VM runs.
+//!
+//! Boot time goes on while the host is suspended, so a guest's wall clock stays right. The TSC may do
+//! either then: a line that it has left is noticed at the next update, and the rate, which the gap
+//! would spoil for good, is kept.
 #![allow(unsafe_code)]
-// UNSAFETY: RDTSC is an intrinsic.
+// UNSAFETY: RDTSC is an intrinsic; CLOCK_BOOTTIME has no wrapper.
 
 use crate::limits::CLOCK_UPDATE;
 use crate::memory::GuestMemory;
@@ -8,20 +12,23 @@ use pv_abi::clock::{ClockPage, MULT_SHIFT, TSC_STABLE};
 use pv_abi::layout::{CLOCK_PAGE_BASE, VMM_BASE};
 use std::io;
 use std::mem::offset_of;
-use std::sync::OnceLock;
-use std::sync::atomic::{Ordering, fence};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Shortest interval from which a rate is derived.
 const CALIBRATION: Duration = Duration::from_millis(2);
 /// Bound on the line's error before the first update and after it.
 const ERROR_BOUND_NS: (u64, u64) = (1_000_000, 100_000);
+/// How far an update may be from the line before it counts as a leap, beside a thousandth of the time
+/// since the last: more than a slow reading and the slewing of the host's clock together.
+const LEAP: Duration = Duration::from_millis(1);
 
 /// A moment on both clocks.
 #[derive(Clone, Copy, Debug)]
 struct Pair {
     tsc: u64,
-    at: Instant,
+    at: Duration,
 }
 
 impl Pair {
@@ -30,7 +37,7 @@ impl Pair {
         let mut best: Option<(u64, Pair)> = None;
         for _ in 0..4 {
             let before = rdtsc();
-            let at = Instant::now();
+            let at = boot_time();
             let width = rdtsc().wrapping_sub(before);
             let pair = Pair {
                 tsc: before.wrapping_add(width / 2),
@@ -43,7 +50,7 @@ impl Pair {
         best.map_or_else(
             || Pair {
                 tsc: rdtsc(),
-                at: Instant::now(),
+                at: boot_time(),
             },
             |(_, pair)| pair,
         )
@@ -55,10 +62,70 @@ fn rdtsc() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// The first pair that this process took; rates are derived from the distance to it.
-fn origin() -> Pair {
-    static ORIGIN: OnceLock<Pair> = OnceLock::new();
-    *ORIGIN.get_or_init(Pair::now)
+/// Time since the host was booted, suspends included.
+fn boot_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the structure lives here. The call cannot fail: every kernel of today has this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
+    let part = |value: i64| u64::try_from(value).unwrap_or(0);
+    Duration::from_secs(part(time.tv_sec)) + Duration::from_nanos(part(time.tv_nsec))
+}
+
+/// The rate of the TSC, from the distance between an early pair and the last.
+#[derive(Debug)]
+struct Rate {
+    origin: Pair,
+    last: Pair,
+    /// Nanoseconds in a tick, with [`MULT_SHIFT`] fraction bits.
+    mult: Option<u64>,
+}
+
+impl Rate {
+    fn new(origin: Pair) -> Rate {
+        Rate {
+            origin,
+            last: origin,
+            mult: None,
+        }
+    }
+
+    /// The rate as this pair leaves it; `None` until [`CALIBRATION`] has passed.
+    fn follow(&mut self, now: Pair) -> Option<u64> {
+        if self.mult.is_some_and(|mult| self.leaps(now, mult)) {
+            self.origin = now;
+        }
+        self.last = now;
+        let elapsed = now.at.saturating_sub(self.origin.at);
+        let ticks = now.tsc.saturating_sub(self.origin.tsc);
+        if elapsed >= CALIBRATION && ticks > 0 {
+            let mult = (elapsed.as_nanos() << MULT_SHIFT) / u128::from(ticks);
+            self.mult = u64::try_from(mult).ok();
+        }
+        self.mult
+    }
+
+    /// Whether the two clocks have not gone together since the last pair.
+    fn leaps(&self, now: Pair, mult: u64) -> bool {
+        let Some(ticks) = now.tsc.checked_sub(self.last.tsc) else {
+            return true;
+        };
+        let expected = (u128::from(ticks) * u128::from(mult)) >> MULT_SHIFT;
+        let elapsed = now.at.saturating_sub(self.last.at);
+        expected.abs_diff(elapsed.as_nanos()) > (LEAP + elapsed / 1000).as_nanos()
+    }
+}
+
+/// A pair of now, and the process's rate as it leaves it.
+fn reading() -> (Pair, Option<u64>) {
+    static RATE: Mutex<Option<Rate>> = Mutex::new(None);
+    let mut rate = RATE.lock().unwrap_or_else(PoisonError::into_inner);
+    // Under the lock, so that pairs come in their order.
+    let now = Pair::now();
+    let mult = rate.get_or_insert_with(|| Rate::new(now)).follow(now);
+    (now, mult)
 }
 
 /// Whether the host itself keeps time by its TSC; if not, neither may a guest.
@@ -72,15 +139,15 @@ fn host_trusts_tsc() -> bool {
 
 /// Starts calibration early, so that a rate is there when the first VM is built.
 pub(crate) fn prepare() {
-    origin();
+    reading();
 }
 
 /// The clock of one VM.
 #[derive(Debug)]
 pub(crate) struct Clock {
-    built: Instant,
+    built: Duration,
     wall_offset_ns: u64,
-    stable: bool,
+    stable: AtomicBool,
 }
 
 impl Clock {
@@ -89,36 +156,37 @@ impl Clock {
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         Clock {
-            built: Instant::now(),
+            built: boot_time(),
             wall_offset_ns: ns(since_epoch),
-            stable: host_trusts_tsc(),
+            stable: AtomicBool::new(host_trusts_tsc()),
         }
     }
 
     /// Nanoseconds since the VM was built.
     pub(crate) fn now_ns(&self) -> u64 {
-        ns(self.built.elapsed())
+        ns(boot_time().saturating_sub(self.built))
+    }
+
+    /// The guest's TSC is not the host's: from the next page on, the guest asks for every reading.
+    pub(crate) fn distrust_tsc(&self) {
+        // Ordering: Relaxed, called before the guest starts.
+        self.stable.store(false, Ordering::Relaxed);
     }
 
     /// Writes the page. `first` for the one before the guest starts.
     pub(crate) fn publish(&self, memory: &GuestMemory, first: bool) -> io::Result<()> {
-        let origin = origin();
-        let mut now = Pair::now();
-        if self.stable {
-            while now.at.duration_since(origin.at) < CALIBRATION {
-                std::thread::sleep(CALIBRATION / 4);
-                now = Pair::now();
-            }
+        let stable = self.stable.load(Ordering::Relaxed);
+        let (mut now, mut mult) = reading();
+        while stable && mult.is_none() {
+            std::thread::sleep(CALIBRATION / 4);
+            (now, mult) = reading();
         }
-        let ticks = now.tsc.saturating_sub(origin.tsc).max(1);
-        let elapsed = now.at.duration_since(origin.at).as_nanos();
-        let mult = u64::try_from((elapsed << MULT_SHIFT) / u128::from(ticks)).unwrap_or(u64::MAX);
         let page = ClockPage {
             seq: 0,
-            flags: if self.stable { TSC_STABLE } else { 0 },
+            flags: if stable { TSC_STABLE } else { 0 },
             base_tsc: now.tsc,
-            base_ns: ns(now.at.duration_since(self.built)),
-            mult,
+            base_ns: ns(now.at.saturating_sub(self.built)),
+            mult: mult.unwrap_or(0),
             wall_offset_ns: self.wall_offset_ns,
             update_interval_ns: ns(CLOCK_UPDATE),
             error_bound_ns: if first {
@@ -155,23 +223,75 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rate_follows_the_monotonic_clock() {
-        let (a, b) = (origin(), {
-            std::thread::sleep(Duration::from_millis(30));
-            Pair::now()
-        });
+    fn the_rate_follows_the_host() {
+        let mut rate = Rate::new(Pair::now());
+        std::thread::sleep(Duration::from_millis(30));
+        let b = Pair::now();
         let page = ClockPage {
-            base_tsc: a.tsc,
-            mult: u64::try_from(
-                (b.at.duration_since(a.at).as_nanos() << MULT_SHIFT) / u128::from(b.tsc - a.tsc),
-            )
-            .unwrap(),
+            base_tsc: b.tsc,
+            mult: rate.follow(b).unwrap(),
             ..Default::default()
         };
         let c = Pair::now();
         let error = page
             .nanoseconds_at(c.tsc)
-            .abs_diff(ns(c.at.duration_since(a.at)));
+            .abs_diff(ns(c.at.saturating_sub(b.at)));
         assert!(error < 5_000_000, "{error} ns");
+    }
+
+    /// A TSC of 2 GHz that began at 1000, seen `ms` after the host's boot.
+    fn at(ms: u64) -> Pair {
+        Pair {
+            tsc: 1000 + ms * 2_000_000,
+            at: Duration::from_millis(ms),
+        }
+    }
+
+    #[test]
+    fn a_suspended_host_does_not_spoil_the_rate() {
+        const HALF: Option<u64> = Some(1 << (MULT_SHIFT - 1));
+        let hour = 3_600_000;
+        let mut rate = Rate::new(at(0));
+        assert_eq!(rate.follow(at(1)), None, "too short to tell");
+        assert_eq!(rate.follow(at(2000)), HALF);
+        // The TSC stood still for an hour, and later began again.
+        let stood = |ms| Pair {
+            at: Duration::from_millis(ms + hour),
+            ..at(ms)
+        };
+        for ms in [2001, 4000, 6000] {
+            assert_eq!(rate.follow(stood(ms)), HALF, "{ms}");
+        }
+        let reset = |ms| Pair {
+            at: Duration::from_millis(ms + 2 * hour),
+            ..at(ms)
+        };
+        for ms in [1, 2, 2000] {
+            assert_eq!(rate.follow(reset(ms)), HALF, "{ms}");
+        }
+    }
+
+    #[test]
+    fn a_page_does_not_say_stable_of_a_tsc_that_is_not_the_hosts() {
+        let plan = crate::memory::MemoryPlan {
+            private: 4 << 20,
+            shared_private: false,
+            shared_vmm: false,
+            huge_pages: false,
+            prefault: false,
+            huge_from: 0,
+        };
+        let memory = GuestMemory::new(&plan, &[]).unwrap();
+        let clock = Clock::new();
+        let page = || {
+            let page: ClockPage = memory.vmm.read(CLOCK_PAGE_BASE - VMM_BASE).unwrap();
+            assert!(page.seq.is_multiple_of(2));
+            page.flags & TSC_STABLE != 0
+        };
+        clock.publish(&memory, true).unwrap();
+        assert_eq!(page(), host_trusts_tsc());
+        clock.distrust_tsc();
+        clock.publish(&memory, true).unwrap();
+        assert!(!page());
     }
 }

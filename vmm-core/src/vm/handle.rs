@@ -1,6 +1,6 @@
 //! A running VM, as its embedder holds it.
 
-use super::builder::Vm;
+use super::built::Vm;
 use super::shared::Shared;
 use super::stats::Stats;
 use super::threads;

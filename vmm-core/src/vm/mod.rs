@@ -5,8 +5,10 @@
 //! ([`dispatch`]).
 
 mod builder;
+mod built;
 pub(crate) mod calls;
 pub(crate) mod clock;
+mod contents;
 mod dispatch;
 pub(crate) mod events;
 mod handle;
@@ -15,8 +17,10 @@ pub(crate) mod stats;
 mod threads;
 mod turns;
 mod vcpu;
+mod wanted;
 
-pub use builder::{BuildError, Vm, VmBuilder};
+pub use builder::{BuildError, VmBuilder};
+pub use built::Vm;
 pub use calls::{Call, Refusal, RegistryError};
 pub use handle::{VmError, VmHandle};
 pub use stats::{ExitCounts, Stats};

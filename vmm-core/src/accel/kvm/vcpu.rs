@@ -34,9 +34,15 @@ pub(super) struct KvmVcpu {
     index: u32,
     memory: Arc<GuestMemory>,
     idle: Arc<IdleSet>,
+    host_tsc: bool,
 }
 
 impl KvmVcpu {
+    /// Whether this vCPU's TSC is the host's.
+    pub(super) fn shows_host_tsc(&self) -> bool {
+        self.host_tsc
+    }
+
     pub(super) fn new(
         system: &System,
         vm: &VmFd,
@@ -65,15 +71,16 @@ impl KvmVcpu {
             ..Default::default()
         };
         fd.set_fpu(&fpu).map_err(errno).map_err(step)?;
-        let vcpu = KvmVcpu {
+        let mut vcpu = KvmVcpu {
             fd,
             index,
             memory,
             idle,
+            host_tsc: false,
         };
         vcpu.set_sentinel()
             .map_err(AccelError::host("KVM_SET_MSRS"))?;
-        vcpu.clear_tsc_offset();
+        vcpu.host_tsc = vcpu.clear_tsc_offset();
         vcpu.admit_kick()
             .map_err(AccelError::host("KVM_SET_SIGNAL_MASK"))?;
         Ok(vcpu)
@@ -90,8 +97,9 @@ impl KvmVcpu {
         Ok(())
     }
 
-    /// Makes the guest's TSC the host's. Hosts without the attribute show the host's anyway.
-    fn clear_tsc_offset(&self) {
+    /// Makes the guest's TSC the host's; `false` where the host cannot. KVM's default is a TSC that
+    /// begins with the VM.
+    fn clear_tsc_offset(&self) -> bool {
         let offset = 0u64;
         let attribute = kvm_device_attr {
             group: KVM_VCPU_TSC_CTRL,
@@ -111,6 +119,7 @@ impl KvmVcpu {
             let error = io::Error::last_os_error();
             tracing::debug!(%error, "the TSC offset cannot be set");
         }
+        r >= 0
     }
 
     /// Lets the kick signal interrupt `KVM_RUN`, and only that.

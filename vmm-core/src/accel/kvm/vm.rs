@@ -25,6 +25,7 @@ pub(super) struct KvmVm {
     events: Arc<EventTable>,
     watched: Mutex<HashSet<u32>>,
     idle: Vec<Arc<IdleSet>>,
+    host_tsc: bool,
     // Slots point into this memory, so it lives as long as the VM does.
     _memory: Arc<GuestMemory>,
 }
@@ -78,11 +79,14 @@ pub(super) fn create(
     ))?;
     meanwhile().map_err(AccelError::host("load the guest"))?;
     let mut vcpus: Vec<Box<dyn Vcpu>> = Vec::new();
+    let mut host_tsc = true;
     for (index, set) in (0..).zip(&idle).skip(1) {
         let (memory, set) = (Arc::clone(&memory), Arc::clone(set));
-        vcpus.push(Box::new(KvmVcpu::new(system, &fd, index, memory, set)?));
+        let vcpu = KvmVcpu::new(system, &fd, index, memory, set)?;
+        host_tsc &= vcpu.shows_host_tsc();
+        vcpus.push(Box::new(vcpu));
     }
-    made.recv().unwrap_or_else(|_| {
+    host_tsc &= made.recv().unwrap_or_else(|_| {
         let ended = io::Error::other("its thread ended");
         Err(AccelError::host("make the first vCPU")(ended))
     })?;
@@ -91,12 +95,14 @@ pub(super) fn create(
         events,
         watched: Mutex::default(),
         idle,
+        host_tsc,
         _memory: memory,
     };
     Ok((Arc::new(vm), vcpus))
 }
 
-/// Lets the first vCPU's thread make its vCPU; what it receives says how that went.
+/// Lets the first vCPU's thread make its vCPU; what is received says how that
+/// went, and whether the vCPU's TSC is the host's.
 ///
 /// A vCPU costs about as much as all the rest of a VM, and is best made where it will run.
 fn make_first(
@@ -105,7 +111,7 @@ fn make_first(
     fd: &Arc<VmFd>,
     memory: &Arc<GuestMemory>,
     idle: Option<&Arc<IdleSet>>,
-) -> Receiver<Result<(), AccelError>> {
+) -> Receiver<Result<bool, AccelError>> {
     let (sender, made) = channel();
     let (fd, memory, set) = (Arc::clone(fd), Arc::clone(memory), idle.cloned());
     let make = move || {
@@ -113,7 +119,10 @@ fn make_first(
         // Before anybody hears of it, so that who drops the VM drops the last of it.
         drop(fd);
         let (vcpu, made) = match vcpu {
-            Ok(vcpu) => (Some(Box::new(vcpu) as Box<dyn Vcpu>), Ok(())),
+            Ok(vcpu) => {
+                let made = Ok(vcpu.shows_host_tsc());
+                (Some(Box::new(vcpu) as Box<dyn Vcpu>), made)
+            }
             Err(error) => (None, Err(error)),
         };
         let _ = sender.send(made);
@@ -184,6 +193,10 @@ impl AccelVm for KvmVm {
 
     fn wait_dead(&self, _deadline: Option<Instant>) -> bool {
         true
+    }
+
+    fn shows_host_tsc(&self) -> bool {
+        self.host_tsc
     }
 
     fn sandbox_report(&self) -> SandboxReport {

@@ -20,7 +20,7 @@ use pv_abi::vcpu::PollEntry;
 use std::io;
 use std::mem::offset_of;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -91,12 +91,6 @@ pub(crate) fn create(
             .map(|(i, b)| i + b)
     };
     let number = |index| at(index).ok_or_else(|| AccelError::Sandbox("descriptor number".into()));
-    write_gate(&memory, &descriptors, &number).map_err(step("write the gate"))?;
-    for vcpu in 0..vcpus {
-        let page = vcpu_page(vcpu) - VMM_BASE;
-        let wake = number(descriptors.wakes + vcpu as usize)? as i32;
-        init_page(&memory, page, wake).map_err(step("write a vCPU page"))?;
-    }
     let setup = Setup {
         go: 0,
         failed_step: 0,
@@ -129,9 +123,14 @@ pub(crate) fn create(
     write_setup(&setup_region, &setup).map_err(step("write the set-up"))?;
 
     let watch = Arc::new(Watch::new());
-    let go_region = setup_region.clone();
-    let go_watch = Arc::clone(&watch);
-    let go = move || {
+    // The stub goes on once it is watched and what it jumps into is written.
+    let (go_region, go_watch) = (setup_region.clone(), Arc::clone(&watch));
+    let left = AtomicU8::new(2);
+    let go = Arc::new(move || {
+        // Ordering: AcqRel, so that the last one publishes what both have done.
+        if left.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return;
+        }
         let offset = |field: usize| field as u64;
         if !go_watch.traced.load(Ordering::Acquire) {
             let _ = go_region.write(offset(offset_of!(Setup, self_report)), &1u32);
@@ -140,11 +139,11 @@ pub(crate) fn create(
             word.store(1, Ordering::Release);
             futex::wake(word);
         }
-    };
+    });
     let start = Start {
         descriptors: descriptors.list.clone(),
         base,
-        go: Arc::new(go),
+        go: Arc::clone(&go) as _,
         memory: Arc::clone(&memory),
         vcpus,
         trace: !self_report,
@@ -160,7 +159,17 @@ pub(crate) fn create(
             });
         })
         .map_err(step("the supervisor thread"))?;
-    let loaded = meanwhile().map_err(step("load the guest"));
+    let mut write_all = || {
+        write_gate(&memory, &descriptors, &number).map_err(step("write the gate"))?;
+        for vcpu in 0..vcpus {
+            let page = vcpu_page(vcpu) - VMM_BASE;
+            let wake = number(descriptors.wakes + vcpu as usize)? as i32;
+            init_page(&memory, page, wake).map_err(step("write a vCPU page"))?;
+        }
+        go();
+        meanwhile().map_err(step("load the guest"))
+    };
+    let loaded = write_all();
     // Now that there is nothing left to do but to wait for the process.
     let prepared = loaded.and_then(|()| first().map_err(step("the first vCPU's thread")));
     let pidfd = started
@@ -467,6 +476,10 @@ impl AccelVm for ProcessVm {
     fn kill(&self) {
         self.watch.ending.store(true, Ordering::Release);
         let _ = supervisor::signal(&self.pidfd, libc::SIGKILL);
+    }
+
+    fn shows_host_tsc(&self) -> bool {
+        true
     }
 
     fn sandbox_report(&self) -> SandboxReport {
