@@ -6,14 +6,17 @@
 
 use anyhow::{Context, bail};
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vhost_backends::block::{BlockDevice, BlockOptions};
 use vhost_backends::engine::{FileOptions, RawFile};
+use vhost_backends::net::port::Loopback;
+use vhost_backends::net::{Mac, NetDevice, NetOptions};
 use vhost_backends::session;
-use vmm_core::{Accel, BlockConfig, Image, VmBuilder};
+use vmm_core::{Accel, BlockConfig, Image, NetConfig, VmBuilder};
 
 /// Bytes of a test disk.
 pub const DISK_LEN: u64 = 16 << 20;
@@ -158,6 +161,33 @@ pub fn disk_in(backend: Backend, image: &Path, read_only: bool) -> BlockConfig {
             BlockConfig::in_process(move |stream| session::serve(&*device, stream)).queues(2)
         }
     }
+}
+
+/// The address of a test card.
+pub const CARD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+/// The device of a card with two pairs of queues that gives every frame back, for a backend in this
+/// process.
+pub fn net_device() -> Arc<NetDevice> {
+    let options = NetOptions::with_mac(Mac(CARD_MAC)).pairs(2);
+    Arc::new(NetDevice::new(Arc::new(Loopback::default()), options))
+}
+
+/// Such a card, whose backend is a supervised `pv-netd`.
+///
+/// # Panics
+/// When the daemons' executable has not been built.
+pub fn card() -> NetConfig {
+    let daemon = pv_blkd().expect("the daemons");
+    let spawn = move || {
+        let mut command = Command::new(&daemon);
+        command
+            .arg0("pv-netd")
+            .args(["--loopback", "--queue-pairs", "2"])
+            .args(["--mac", "02:00:00:00:00:01"]);
+        command
+    };
+    NetConfig::spawn(spawn).queue_pairs(2).mac(CARD_MAC)
 }
 
 /// A disk image of [`DISK_LEN`] zero bytes.

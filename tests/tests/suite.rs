@@ -1,24 +1,27 @@
 //! The guest suite: every case of the guest `suite`, on every accel, each in a VM of its own with
-//! two disks, a console and an entropy device. The disks are behind `pv-blkd`; the cases that are
-//! about disks run a second time with backends in the VMM's own process (`PV_BACKEND` chooses).
+//! two disks, or a network card, a console and an entropy device. The backends are `pv-blkd` and
+//! `pv-netd`; the cases that depend on them run a second time with backends in the VMM's own process
+//! (`PV_BACKEND` chooses).
 //!
 //! Beside all of it runs, on each accel, a neighbour VM in the same process, which must not notice.
 
 use anyhow::{Context, bail, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
 use paravane_tests::{
-    Backend, accels, backends, blank_image, block_device, disk_in, patience, suite_vm,
+    Backend, accels, backends, blank_image, block_device, card, disk_in, net_device, patience,
+    suite_vm,
 };
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
-use vhost_backends::session::{Server, SessionEnd};
+use vhost_backends::net::NetDevice;
+use vhost_backends::session::{Device, Server, SessionEnd};
 use vmm_core::pv_abi::call::number;
 use vmm_core::{
-    Accel, BlockConfig, ExitReason, FaultClass, Image, LogLevel, Refusal, Violation, VmBuilder,
-    VmHandle,
+    Accel, BlockConfig, ExitReason, FaultClass, Image, LogLevel, NetConfig, Refusal, Violation,
+    VmBuilder, VmHandle,
 };
 
 /// How a case has to end.
@@ -177,10 +180,26 @@ const CASES: &[(&str, End)] = &[
     ("ring.no_status_byte", Fine),
     ("ring.short_header", Fine),
     ("soak.kill", Fine),
+    ("net.echo", Fine),
+    ("net.echo_unmerged", Fine),
+    ("net.two_pairs", Fine),
+    ("net.control", Fine),
+    ("net.link", Fine),
+    ("net.backend_link", Fine),
+    ("net.reopen", Fine),
+    ("net.bad_setup", Fine),
+    ("net.kill", Fine),
+    ("net.raw_good", Fine),
+    ("net.private_ram_sent", Fine),
+    ("net.private_ram_received", Fine),
+    ("net.other_arena", Fine),
+    ("net.past_the_arena", Fine),
+    ("net.short_header", Fine),
+    ("net.written_by_the_device", Fine),
     ("inert.never_starts", Fine),
 ];
 
-/// Times that `soak.kill` kills the backend.
+/// Times that `soak.kill` and `net.kill` end the backend.
 const KILLS: u64 = 25;
 
 fn main() -> anyhow::Result<()> {
@@ -218,8 +237,8 @@ fn main() -> anyhow::Result<()> {
         for accel in &accels {
             println!("suite on {accel}: {} cases", CASES.len());
             for backend in &backends {
-                let count = cases(*backend).filter(|c| about_disks(c.0)).count();
-                println!("disks on {accel}, backends {backend}: {count} cases");
+                let count = cases(*backend).filter(|c| about_backends(c.0)).count();
+                println!("cases of backends {backend} on {accel}: {count}");
             }
         }
         for line in skipped
@@ -236,9 +255,9 @@ fn main() -> anyhow::Result<()> {
     conclusion.exit()
 }
 
-/// Whether a case depends on who serves the disks.
-fn about_disks(case: &str) -> bool {
-    ["block.", "ring.", "device.", "soak."]
+/// Whether a case depends on who serves disks and cards.
+fn about_backends(case: &str) -> bool {
+    ["block.", "ring.", "device.", "soak.", "net."]
         .iter()
         .any(|room| case.starts_with(room))
 }
@@ -247,7 +266,7 @@ fn about_disks(case: &str) -> bool {
 fn cases(backend: Backend) -> impl Iterator<Item = &'static (&'static str, End)> {
     CASES
         .iter()
-        .filter(move |(case, _)| backend == Backend::Process || about_disks(case))
+        .filter(move |(case, _)| backend == Backend::Process || about_backends(case))
 }
 
 fn run(
@@ -285,14 +304,21 @@ fn run(
     blank_image(&other)?;
     let transcript = Transcript::default();
     let soak = Arc::new(Soak::default());
-    let disk = match backend {
-        Backend::InProcess if case == "soak.kill" => soak.disk(&image)?,
-        _ => disk_in(backend, &image, case == "block.read_only"),
+    let builder = suite_vm(case, accel)?.rng();
+    let builder = if case.starts_with("net.") {
+        builder.net(match backend {
+            Backend::InProcess => soak.card(),
+            Backend::Process => card(),
+        })
+    } else {
+        let disk = match backend {
+            Backend::InProcess if case == "soak.kill" => soak.disk(&image)?,
+            _ => disk_in(backend, &image, case == "block.read_only"),
+        };
+        builder
+            .block(disk.name("disk"))
+            .block(disk_in(backend, &other, false).name("other"))
     };
-    let builder = suite_vm(case, accel)?
-        .block(disk.name("disk"))
-        .block(disk_in(backend, &other, false).name("other"))
-        .rng();
     let builder = transcript.attach(calls(builder, &image, &soak));
     let vm = builder.build().context("build")?.run().context("run")?;
     let vm = Arc::new(vm);
@@ -303,7 +329,7 @@ fn run(
     let reason = match end {
         Endless => endless(&vm)?,
         _ => {
-            let limit = patience(if case == "soak.kill" { 120 } else { 60 });
+            let limit = patience(if case.ends_with(".kill") { 120 } else { 60 });
             vm.wait_timeout(limit)
                 .with_context(|| format!("not within {limit:?}"))?
         }
@@ -326,14 +352,19 @@ fn run(
                 String::from_utf8_lossy(&bytes)
             );
         }
-        "soak.kill" => {
+        "soak.kill" | "net.kill" => {
             let kills = soak.kills.load(Ordering::Relaxed);
             let stats = vm.stats();
             ensure!(kills >= KILLS, "only {kills} kills");
             ensure!(stats.backend_reconnects >= KILLS, "{stats:?}");
             println!(
-                "{accel}::soak.kill, backends {backend}: {kills} ends, {} writes verified, {} losses, {} reconnects",
-                soak.writes.load(Ordering::Relaxed),
+                "{accel}::{case}, backends {backend}: {kills} ends, {} {} verified, {} losses, {} reconnects",
+                soak.done.load(Ordering::Relaxed),
+                if case == "net.kill" {
+                    "frames"
+                } else {
+                    "writes"
+                },
                 stats.backend_losses,
                 stats.backend_reconnects
             );
@@ -454,16 +485,34 @@ struct Soak {
     vm: OnceLock<std::sync::Weak<VmHandle>>,
     last_pid: AtomicU64,
     kills: AtomicU64,
-    writes: AtomicU64,
+    /// Writes or frames that the guest has found to be right.
+    done: AtomicU64,
+    /// The card, if its backend runs in this process.
+    card: OnceLock<Arc<NetDevice>>,
     /// Dropped, it ends the backend that runs in this process now.
     ending: Mutex<Option<UnixStream>>,
 }
 
 impl Soak {
-    /// A disk whose backend runs in this process, and ends when it is told to: once with a panic.
+    /// A disk whose backend runs in this process.
     fn disk(self: &Arc<Soak>, image: &Path) -> std::io::Result<BlockConfig> {
-        let (device, soak) = (block_device(image, false)?, Arc::clone(self));
-        let serve = move |stream| {
+        let serve = self.serve(block_device(image, false)?);
+        Ok(BlockConfig::in_process(serve).queues(2))
+    }
+
+    /// A card whose backend runs in this process.
+    fn card(self: &Arc<Soak>) -> NetConfig {
+        let device = Arc::clone(self.card.get_or_init(net_device));
+        NetConfig::in_process(self.serve(device)).queue_pairs(2)
+    }
+
+    /// Serves a device until it is told to end: once with a panic.
+    fn serve(
+        self: &Arc<Soak>,
+        device: Arc<dyn Device>,
+    ) -> impl Fn(UnixStream) -> std::io::Result<()> + Send + Sync + 'static {
+        let soak = Arc::clone(self);
+        move |stream| {
             let (ending, stop) = UnixStream::pair()?;
             let server = Server::new(device.clone(), stop.into());
             if let Ok(mut slot) = soak.ending.lock() {
@@ -476,8 +525,19 @@ impl Soak {
                 std::panic::resume_unwind(Box::new("as the test wants"));
             }
             Ok(())
-        };
-        Ok(BlockConfig::in_process(serve).queues(2))
+        }
+    }
+
+    /// Takes the card's link up or down, by the VM's switch or by the backend's; whether it can.
+    fn set_link(&self, switch: u64, up: bool) -> Option<bool> {
+        match switch {
+            0 => self.vm.get()?.upgrade()?.set_link(0, up).ok()?,
+            _ => match self.card.get() {
+                Some(card) => card.set_link(up).ok()?,
+                None => return Some(false),
+            },
+        }
+        Some(true)
     }
 
     /// Ends the backend of the first disk, if it is one that has not been ended yet.
@@ -505,6 +565,7 @@ fn kill_9(pid: u32) {
 /// The embedder's calls that the cases make.
 fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
     let (image, soak): (PathBuf, _) = (image.into(), Arc::clone(soak));
+    let linked = Arc::clone(&soak);
     builder
         .call(0, |call| {
             let sum = call.args().iter().sum();
@@ -538,9 +599,14 @@ fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
         })
         .call(7, move |call| {
             let [completed, ..] = call.args();
-            soak.writes.store(completed, Ordering::Relaxed);
+            soak.done.store(completed, Ordering::Relaxed);
             let enough = soak.kill().unwrap_or(0);
             call.finish(Ok(enough));
+        })
+        .call(8, move |call| {
+            let [switch, up, ..] = call.args();
+            let done = linked.set_link(switch, up != 0);
+            call.finish(done.map(u64::from).ok_or(Refusal::code(2)));
         })
 }
 

@@ -10,6 +10,7 @@ mod calls;
 mod devices;
 mod faults;
 mod life;
+mod net;
 mod rings;
 mod soak;
 
@@ -45,6 +46,7 @@ fn main(boot: &Boot) -> Outcome {
         blocks::CASES,
         rings::CASES,
         soak::CASES,
+        net::CASES,
     ];
     let found = all.into_iter().flatten().find(|(name, _)| *name == wanted);
     let (_, case) = found.ok_or_else(|| format!("there is no case {wanted:?}"))?;

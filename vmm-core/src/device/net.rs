@@ -31,6 +31,8 @@ const OF_CONTROL: u64 = feature::CTRL_GUEST_OFFLOADS
     | feature::NOTF_COAL
     | OF_PAIRS
     | feature::HASH_REPORT;
+/// What needs a backend that knows the card's address.
+const OF_FILTERS: u64 = feature::CTRL_RX | feature::CTRL_RX_EXTRA;
 /// What needs several pairs of queues.
 const OF_PAIRS: u64 = feature::MQ | feature::RSS;
 /// What needs fields that only a backend can fill in.
@@ -73,6 +75,9 @@ impl NetConfig {
     }
 
     /// The card's address. Without one it is the backend's, or a random one.
+    ///
+    /// Give the backend the same (`pv-netd --mac`): one that knows of another, or of none, cannot
+    /// filter for this card, and receive filters are not offered then.
     pub fn mac(mut self, mac: [u8; 6]) -> NetConfig {
         self.model.mac = Some(mac);
         self
@@ -140,12 +145,17 @@ impl Model for Net {
         if features & OF_PAIRS != 0 && served.config.is_some() {
             self.same_pairs(config.max_virtqueue_pairs)?;
         }
+        let backend_mac = config.mac;
         let theirs = served.features & feature::MAC != 0 && served.config.is_some();
         config.mac = match self.mac {
             Some(mac) => mac,
             None if theirs => config.mac,
             None => self.fallback,
         };
+        if !theirs || config.mac != backend_mac {
+            // It would let through what is for the address that it knows of.
+            features &= !OF_FILTERS;
+        }
         let says_status = served.features & feature::STATUS != 0 && served.config.is_some();
         if !says_status {
             config.status = status::LINK_UP;
@@ -267,6 +277,9 @@ mod tests {
         };
         let (_, config) = offered(&own, &full(1));
         assert_eq!((config.mac, { config.mtu }), ([6; 6], 9000));
+        assert_ne!(features & OF_FILTERS, 0);
+        let strange = offered(&own, &full(1)).0;
+        assert_eq!(strange & (OF_FILTERS | feature::CTRL_VQ), feature::CTRL_VQ);
         let mut down = full(1);
         down.config.as_mut().unwrap()[6] = 0;
         assert_eq!({ offered(&own, &down).1.status }, 0);
@@ -284,7 +297,10 @@ mod tests {
         assert_eq!(net.fallback[0] & 3, 2);
         assert_eq!({ config.status }, status::LINK_UP);
         assert_eq!({ config.max_virtqueue_pairs }, 1);
-        assert_eq!(features & (OF_BACKEND_CONFIG | feature::MTU), 0);
+        assert_eq!(
+            features & (OF_BACKEND_CONFIG | OF_FILTERS | feature::MTU),
+            0
+        );
         assert_ne!(features & feature::MAC, 0);
         let (again, other) = (offered(&net, &bare).1, offered(&Net::default(), &bare).1);
         assert_eq!(again, config, "not the same after a reconnect");

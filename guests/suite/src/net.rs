@@ -1,0 +1,502 @@
+//! The network driver against the real backend, whose port gives every frame back; and rings of a
+//! card that break the rules.
+#![allow(unsafe_code)]
+// UNSAFETY: looks at private RAM that a descriptor was aimed at.
+
+use crate::devices::{RawSetup, reset};
+use crate::{Case, Outcome, ensure, text};
+use alloc::string::String;
+use alloc::vec::Vec;
+use alloc::{format, vec};
+use core::time::Duration;
+use guest_sdk::flat::{Boot, Flat};
+use guest_sdk::net::{self, Nic, NicConfig, Offload, Opened, PairConfig, Receiver, Transmitter};
+use guest_sdk::platform::{DeviceInfo, DmaBuf, Platform};
+use pv_abi::call::number;
+use pv_abi::device::kind;
+use pv_abi::status::Status;
+use pv_abi::virtio::desc_flag::{NEXT, WRITE};
+use pv_abi::virtio::feature;
+use pv_abi::virtio::net::feature::{MRG_RXBUF, STATUS};
+
+pub const CASES: &[Case] = &[
+    ("net.echo", echo),
+    ("net.echo_unmerged", echo_unmerged),
+    ("net.two_pairs", two_pairs),
+    ("net.control", control),
+    ("net.link", link),
+    ("net.backend_link", backend_link),
+    ("net.reopen", reopen),
+    ("net.bad_setup", bad_setup),
+    ("net.kill", kill),
+    ("net.raw_good", |boot| {
+        raw(boot, [1, 1], |card| {
+            card.receive_into(card.buffer());
+            card.send(&[(card.frame(), FRAME, 0)]);
+        })
+    }),
+    ("net.private_ram_sent", |boot| {
+        let secret = [0x5au8; 256];
+        let address = secret.as_ptr() as u64;
+        raw(boot, [0, 0], |card| {
+            card.receive_into(card.buffer());
+            card.send(&[(card.frame(), 64, NEXT), (address, 256, 0)]);
+        })
+    }),
+    ("net.private_ram_received", private_ram_received),
+    ("net.other_arena", |boot| {
+        let rng = boot.platform().device_table().find(kind::RNG, None);
+        let other = boot.platform().arena(rng.ok_or("no entropy")?.arena);
+        let other = other.ok_or("no other arena")?.gpa();
+        raw(boot, [0, 0], |card| {
+            card.receive_into(card.buffer());
+            card.send(&[(other, FRAME, 0)]);
+        })
+    }),
+    ("net.past_the_arena", |boot| {
+        raw(boot, [0, 0], |card| {
+            card.send(&[(card.arena_end - 64, FRAME, 0)]);
+        })
+    }),
+    ("net.short_header", |boot| {
+        raw(boot, [0, 1], |card| {
+            card.receive_into(card.buffer());
+            card.send(&[(card.frame(), 7, 0)]);
+        })
+    }),
+    ("net.written_by_the_device", |boot| {
+        raw(boot, [0, 1], |card| {
+            card.receive_into(card.buffer());
+            card.send(&[(card.frame(), FRAME, WRITE)]);
+        })
+    }),
+];
+
+const DAY: Option<Duration> = Some(Duration::from_secs(20));
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+/// Bytes of the smallest and of the largest frame.
+const LENGTHS: (usize, usize) = (14, 65_550);
+
+/// A frame to `to` with a number in it and bytes that follow from it.
+fn frame(to: [u8; 6], sequence: u64, len: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = (0..len as u64)
+        .map(|i| (i * 7 + sequence * 31 + i / 251) as u8)
+        .collect();
+    bytes[..6].copy_from_slice(&to);
+    bytes[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 2]);
+    bytes[12..14].copy_from_slice(&[0x88, 0xb5]);
+    if let Some(place) = bytes.get_mut(14..22) {
+        place.copy_from_slice(&sequence.to_le_bytes());
+    }
+    bytes
+}
+
+type Pair = (Receiver<Flat>, Transmitter<Flat>);
+
+/// Sends a frame and takes it back.
+fn round_trip((receiver, transmitter): &mut Pair, bytes: &[u8]) -> Outcome {
+    transmitter
+        .send(bytes, Offload::default())
+        .map_err(text("send"))?;
+    let got = receiver.receive(DAY).map_err(text("receive"))?;
+    let got = got.ok_or_else(|| format!("{} bytes did not come back", bytes.len()))?;
+    let mut back = vec![0; got.len()];
+    got.read(0, &mut back);
+    ensure!(back == bytes, "{} bytes came back otherwise", bytes.len());
+    receiver.recycle(got);
+    Ok(())
+}
+
+fn open(boot: &Boot, pairs: u16, without: u64) -> Result<Opened<Flat>, String> {
+    let pair = PairConfig { vcpu: 0, size: 256 };
+    let config = NicConfig {
+        pairs: &vec![pair; usize::from(pairs)],
+        buffer_len: 2048,
+        without,
+    };
+    Nic::open(boot.platform(), Some("net"), &config).map_err(text("open"))
+}
+
+fn echo(boot: &Boot) -> Outcome {
+    let mut pair = net::open(boot.platform(), None).map_err(text("open"))?;
+    let long = (1601..=LENGTHS.1).step_by(997).chain([LENGTHS.1]);
+    for len in (LENGTHS.0..=1600).chain(long) {
+        round_trip(&mut pair, &frame(MAC, len as u64, len))?;
+    }
+    for len in [0, 1, 13, LENGTHS.1 + 1] {
+        let sent = pair.1.send(&vec![0; len], Offload::default());
+        ensure!(sent.is_err(), "{len} bytes were sent");
+    }
+    let stats = pair.0.stats();
+    ensure!(stats.runts + stats.bad_headers == 0, "{stats:?}");
+    Ok(())
+}
+
+/// Without mergeable buffers what does not fit is dropped, and the card goes on.
+fn echo_unmerged(boot: &Boot) -> Outcome {
+    let mut opened = open(boot, 1, MRG_RXBUF)?;
+    let mut pair = opened.pairs.pop().ok_or("no pair")?;
+    for len in LENGTHS.0..=1514 {
+        round_trip(&mut pair, &frame(MAC, len as u64, len))?;
+    }
+    let large = frame(MAC, 0, 9000);
+    pair.1
+        .send(&large, Offload::default())
+        .map_err(text("send"))?;
+    round_trip(&mut pair, &frame(MAC, 1, 100))
+}
+
+fn two_pairs(boot: &Boot) -> Outcome {
+    let mut opened = open(boot, 2, 0)?;
+    ensure!(opened.nic.pairs() == 2, "{} pairs", opened.nic.pairs());
+    if let Some(control) = &mut opened.control {
+        control.set_pairs(2).map_err(text("set pairs"))?;
+    }
+    // Whichever pair a frame comes back on.
+    let mut found = 0;
+    for round in 0..64u64 {
+        let bytes = frame(MAC, round, 100);
+        let (_, transmitter) = opened.pairs.get_mut((round % 2) as usize).ok_or("pair")?;
+        transmitter
+            .send(&bytes, Offload::default())
+            .map_err(text("send"))?;
+        transmitter
+            .wait_until(0, DAY)
+            .map_err(text("wait until sent"))?;
+    }
+    let start = boot.platform().now_ns();
+    while found < 64 && boot.platform().now_ns() - start < 10_000_000_000 {
+        for (receiver, _) in &mut opened.pairs {
+            while let Some(got) = receiver.poll().map_err(text("poll"))? {
+                found += 1;
+                receiver.recycle(got);
+            }
+        }
+    }
+    ensure!(found == 64, "{found} of 64 frames came back");
+    Ok(())
+}
+
+/// Nothing comes within a moment.
+fn nothing(receiver: &mut Receiver<Flat>) -> Outcome {
+    let got = receiver
+        .receive(Some(Duration::from_millis(30)))
+        .map_err(text("receive"))?;
+    ensure!(got.is_none(), "a frame that is not wanted came");
+    Ok(())
+}
+
+fn control(boot: &Boot) -> Outcome {
+    let mut opened = open(boot, 1, 0)?;
+    let mut pair = opened.pairs.pop().ok_or("no pair")?;
+    let control = opened.control.as_mut().ok_or("no control queue")?;
+    let mine = opened.nic.mac();
+    ensure!(mine == MAC, "address {mine:?}");
+    let other = [2, 0, 0, 0, 0, 9];
+    control
+        .set_promiscuous(false)
+        .map_err(text("promiscuous"))?;
+    round_trip(&mut pair, &frame(mine, 1, 100))?;
+    let foreign = frame(other, 2, 100);
+    pair.1
+        .send(&foreign, Offload::default())
+        .map_err(text("send"))?;
+    nothing(&mut pair.0)?;
+    control.set_mac(other).map_err(text("address"))?;
+    round_trip(&mut pair, &foreign)?;
+    control.set_filter(&[mine], &[]).map_err(text("filter"))?;
+    round_trip(&mut pair, &frame(mine, 3, 100))?;
+    // And all of it again for a device that was reset.
+    opened.nic.reset();
+    round_trip(&mut pair, &foreign)
+}
+
+/// Asks the host to take the link up or down, by the embedder's switch or by the backend's; whether
+/// it can.
+fn ask(boot: &Boot, switch: u64, up: bool) -> Result<bool, String> {
+    let args = [switch, u64::from(up), 0, 0, 0, 0];
+    let answer = boot.platform().call(number::EMBEDDER + 8, args);
+    Ok(answer.map_err(text("ask for the link"))? != 0)
+}
+
+/// Waits until the link is seen so.
+fn see(boot: &Boot, nic: &Nic<Flat>, up: bool) -> Outcome {
+    let start = boot.platform().now_ns();
+    while nic.link().up != up {
+        let late = boot.platform().now_ns() - start > 10_000_000_000;
+        ensure!(!late, "the link was not seen to be up: {up}");
+        boot.platform().idle(Some(Duration::from_millis(5)));
+        boot.platform().take_events(0, u64::MAX);
+    }
+    ensure!(nic.take_config_change(), "the change was not told");
+    Ok(())
+}
+
+fn link_by(boot: &Boot, switch: u64) -> Outcome {
+    let mut opened = open(boot, 1, 0)?;
+    let nic = opened.nic;
+    let mut pair = opened.pairs.pop().ok_or("no pair")?;
+    ensure!(nic.features() & STATUS != 0, "no status");
+    ensure!(nic.link().up, "down at the start");
+    let _ = nic.take_config_change();
+    for _ in 0..3 {
+        if !ask(boot, switch, false)? {
+            return Ok(());
+        }
+        see(boot, &nic, false)?;
+        ask(boot, switch, true)?;
+        see(boot, &nic, true)?;
+        round_trip(&mut pair, &frame(MAC, 1, 100))?;
+    }
+    Ok(())
+}
+
+fn link(boot: &Boot) -> Outcome {
+    link_by(boot, 0)
+}
+
+fn backend_link(boot: &Boot) -> Outcome {
+    link_by(boot, 1)
+}
+
+fn reopen(boot: &Boot) -> Outcome {
+    for round in 0..5 {
+        let mut pair = net::open(boot.platform(), None).map_err(text("open"))?;
+        round_trip(&mut pair, &frame(MAC, round, 1000))?;
+        pair.0.nic().reset();
+        round_trip(&mut pair, &frame(MAC, round, 1000))?;
+        let device = card(boot)?.index.into();
+        reset(boot, device).map_err(text("reset"))?;
+    }
+    Ok(())
+}
+
+/// The host ends the backend again and again: frames may be lost, and nothing else.
+fn kill(boot: &Boot) -> Outcome {
+    let mut opened = open(boot, 1, 0)?;
+    let (mut receiver, mut transmitter) = opened.pairs.pop().ok_or("no pair")?;
+    let control = opened.control.as_mut().ok_or("no control queue")?;
+    let (nic, mut enough) = (opened.nic, false);
+    let (mut sent, mut came, mut announced, mut last) = (0u64, 0u64, 0u64, None);
+    while !enough {
+        for _ in 0..50 {
+            sent += 1;
+            let bytes = frame(MAC, sent, 64 + (sent % 1400) as usize);
+            transmitter
+                .send(&bytes, Offload::default())
+                .map_err(text("send"))?;
+            let wait = Duration::from_millis(u64::from(sent % 8 == 0) * 5);
+            while let Some(got) = receiver.receive(Some(wait)).map_err(text("receive"))? {
+                let mut back = vec![0; got.len()];
+                got.read(0, &mut back);
+                if back.get(12..14) == Some(&[0x80, 0x35]) {
+                    // Its own announcement.
+                    receiver.recycle(got);
+                    continue;
+                }
+                let number = back.get(14..22).ok_or("a short frame came")?;
+                let number = u64::from_le_bytes(number.try_into().unwrap_or_default());
+                ensure!(
+                    back == frame(MAC, number, 64 + (number % 1400) as usize) && number <= sent,
+                    "frame {number} came back otherwise"
+                );
+                came += 1;
+                receiver.recycle(got);
+            }
+        }
+        let generation = nic.generation();
+        if nic.link().announce && generation.is_some() && generation != last {
+            nic.announce(&mut transmitter, control)
+                .map_err(text("announce"))?;
+            announced += 1;
+            last = generation;
+        }
+        let args = [came, 0, 0, 0, 0, 0];
+        let answer = boot.platform().call(number::EMBEDDER + 7, args);
+        enough = answer.map_err(text("ask"))? != 0;
+    }
+    ensure!(announced > 0, "it was never asked to announce itself");
+    ensure!(came > sent / 4, "{came} of {sent} frames came back");
+    transmitter
+        .wait_until(0, DAY)
+        .map_err(text("wait until sent"))?;
+    while let Some(got) = receiver
+        .receive(Some(Duration::from_millis(50)))
+        .map_err(text("receive"))?
+    {
+        receiver.recycle(got);
+    }
+    round_trip(&mut (receiver, transmitter), &frame(MAC, 1, 1000))
+}
+
+fn card(boot: &Boot) -> Result<DeviceInfo, String> {
+    let found = boot.platform().device_table().find(kind::NET, Some("net"));
+    found.ok_or_else(|| "no card".into())
+}
+
+/// Entries of the rings made here.
+const SIZE: u16 = 16;
+/// Bytes of the frame that raw rings send, with its header.
+const FRAME: u32 = 12 + 100;
+
+/// A card without a driver: a receive and a transmit queue.
+struct RawCard {
+    info: DeviceInfo,
+    rings: [DmaBuf; 2],
+    setups: [RawSetup; 2],
+    offered: [u16; 2],
+    data: DmaBuf,
+    arena_end: u64,
+}
+
+impl RawCard {
+    fn new(boot: &Boot) -> Result<RawCard, String> {
+        let info = card(boot)?;
+        let arena = boot.platform().arena(info.arena).ok_or("no arena")?;
+        let zeroed = || -> Result<DmaBuf, String> {
+            let buf = arena.alloc_aligned(4096, 4096).map_err(text("alloc"))?;
+            buf.zero();
+            Ok(buf)
+        };
+        let rings = [zeroed()?, zeroed()?];
+        let mut data = zeroed()?;
+        data.write(12, &frame(MAC, 1, 100));
+        let setups = [&rings[0], &rings[1]].map(|ring| RawSetup::at(ring.gpa(), SIZE));
+        Ok(RawCard {
+            info,
+            rings,
+            setups,
+            offered: [0; 2],
+            data,
+            arena_end: arena.gpa() + arena.len(),
+        })
+    }
+
+    fn activate(&self, boot: &Boot) -> Result<u64, Status> {
+        let [mut first, second] = self.setups;
+        first.queue_count = 2;
+        let mut bytes = first.bytes();
+        bytes.extend(second.bytes().get(16..).unwrap_or_default());
+        let gpa = boot.platform().fill_scratch(&bytes).unwrap_or(0);
+        crate::devices::activate(boot, self.info.index.into(), gpa, bytes.len() as u64)
+    }
+
+    /// A good frame with its header.
+    fn frame(&self) -> u64 {
+        self.data.gpa()
+    }
+
+    /// A good receive buffer.
+    fn buffer(&self) -> u64 {
+        self.data.gpa() + 2048
+    }
+
+    fn receive_into(&mut self, address: u64) {
+        self.offer(0, &[(address, 2000, WRITE)]);
+    }
+
+    fn send(&mut self, pieces: &[(u64, u32, u16)]) {
+        self.offer(1, pieces);
+    }
+
+    fn offer(&mut self, queue: usize, pieces: &[(u64, u32, u16)]) {
+        let (ring, setup) = (&mut self.rings[queue], &self.setups[queue]);
+        for (index, (addr, len, flags)) in pieces.iter().enumerate() {
+            let at = index * 16;
+            ring.write(at, &addr.to_le_bytes());
+            ring.write(at + 8, &len.to_le_bytes());
+            ring.write(at + 12, &flags.to_le_bytes());
+            ring.write(at + 14, &(index as u16 + 1).to_le_bytes());
+        }
+        // The first entry of the available ring is descriptor 0, and zero by now.
+        self.offered[queue] += 1;
+        let avail = (setup.avail - ring.gpa()) as usize;
+        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+        ring.write(avail + 2, &self.offered[queue].to_le_bytes());
+        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+    }
+
+    fn used(&self) -> [u16; 2] {
+        [0, 1].map(|queue: usize| {
+            let (ring, setup) = (&self.rings[queue], &self.setups[queue]);
+            let mut index = [0; 2];
+            ring.read((setup.used - ring.gpa()) as usize + 2, &mut index);
+            u16::from_le_bytes(index)
+        })
+    }
+}
+
+/// Spoils a card's rings; these many receive and transmit chains come back, and after a reset the
+/// card serves a good driver.
+fn raw(boot: &Boot, expected: [u16; 2], spoil: impl FnOnce(&mut RawCard)) -> Outcome {
+    let mut card = RawCard::new(boot)?;
+    card.activate(boot).map_err(text("activate"))?;
+    spoil(&mut card);
+    for queue in [0, 1] {
+        boot.platform().notify(card.info.queue_event(queue));
+    }
+    let start = boot.platform().now_ns();
+    let done = expected == [1, 1];
+    while boot.platform().now_ns() - start < if done { 10_000_000_000 } else { 150_000_000 } {
+        if done && card.used() == expected {
+            break;
+        }
+        boot.platform().idle(Some(Duration::from_millis(5)));
+        boot.platform().take_events(0, u64::MAX);
+    }
+    let used = card.used();
+    ensure!(used == expected, "{used:?} chains came back");
+    reset(boot, card.info.index.into()).map_err(text("reset"))?;
+    let mut pair = net::open(boot.platform(), None).map_err(text("open"))?;
+    round_trip(&mut pair, &frame(MAC, 1, 1000))
+}
+
+fn private_ram_received(boot: &Boot) -> Outcome {
+    let canary = vec![0xa5u8; 2000];
+    let address = canary.as_ptr() as u64;
+    raw(boot, [0, 1], |card| {
+        card.receive_into(address);
+        card.send(&[(card.frame(), FRAME, 0)]);
+    })?;
+    // SAFETY: the vector is alive; volatile, because a device may have written it.
+    let same = (0..2000).all(|i| unsafe { canary.as_ptr().add(i).read_volatile() } == 0xa5);
+    ensure!(same, "private RAM was written");
+    Ok(())
+}
+
+fn bad_setup(boot: &Boot) -> Outcome {
+    let good = RawCard::new(boot)?;
+    type Spoil = fn(&mut RawCard);
+    let spoilt = |spoil: Spoil| -> Result<Result<u64, Status>, String> {
+        let mut card = RawCard::new(boot)?;
+        spoil(&mut card);
+        Ok(card.activate(boot))
+    };
+    let refused: [(&str, Spoil, Status); 6] = [
+        ("size 0", |c| c.setups[1].size = 0, Status::BadLength),
+        ("size 3", |c| c.setups[0].size = 3, Status::BadLength),
+        ("a ring at 0", |c| c.setups[1].used = 0, Status::BadAddress),
+        (
+            "a ring in private RAM",
+            |c| c.setups[0].desc = 0x100_0000,
+            Status::BadAddress,
+        ),
+        ("no such vCPU", |c| c.setups[1].vcpu = 64, Status::NotFound),
+        (
+            "packed",
+            |c| c.setups[0].features |= feature::RING_PACKED,
+            Status::NotSupported,
+        ),
+    ];
+    for (what, spoil, status) in refused {
+        let got = spoilt(spoil)?;
+        ensure!(got == Err(status), "{what}: {got:?}");
+    }
+    good.activate(boot).map_err(text("activate"))?;
+    let again = good.activate(boot);
+    ensure!(again == Err(Status::BadState), "active twice: {again:?}");
+    reset(boot, good.info.index.into()).map_err(text("reset"))?;
+    drop(good);
+    let mut pair = net::open(boot.platform(), None).map_err(text("open"))?;
+    round_trip(&mut pair, &frame(MAC, 1, 1000))
+}
