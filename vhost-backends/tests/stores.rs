@@ -11,6 +11,7 @@ use vhost_backends::engine::{
     BlockingStore, FileOptions, MemoryStore, NbdAddress, NbdError, NbdStore, NullStore, Qcow2Disk,
     RawFile, Store, create_overlay,
 };
+use virtio_driver::VirtioFeatureFlags;
 
 const MIB: usize = 1 << 20;
 const DISK: usize = 8 * MIB;
@@ -24,9 +25,13 @@ fn base_content() -> Vec<u8> {
 
 /// Random requests of every kind, several at a time, against a model. The model at the end.
 fn workload(store: Arc<dyn Store>, before: Vec<u8>, seed: u64) -> Vec<u8> {
+    workload_on(FEATURES, store, before, seed)
+}
+
+fn workload_on(features: u64, store: Arc<dyn Store>, before: Vec<u8>, seed: u64) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let (socket, server, device) = serve_store(dir.path(), store, 1);
-    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, 2 * MIB);
+    let mut front = Frontend::connect(&socket, features, 1, 64, 2 * MIB);
     let mut model = before;
     let mut random = seed;
     let mut next = |below: usize| {
@@ -97,7 +102,11 @@ fn workload(store: Arc<dyn Store>, before: Vec<u8>, seed: u64) -> Vec<u8> {
         assert_eq!(ret, 0);
         assert!(data == chunk, "MiB {i}");
     }
-    assert_ne!(front.read_sync(0, DISK as u64, 512).0, 0, "past the end");
+    // On a packed ring this frontend insists on a used length that counts every writable byte,
+    // which a request that failed does not have.
+    if features & VirtioFeatureFlags::RING_PACKED.bits() == 0 {
+        assert_ne!(front.read_sync(0, DISK as u64, 512).0, 0, "past the end");
+    }
     drop(front);
     server.stop().unwrap();
     assert_eq!(device.stats().host_errors, 0);
@@ -122,6 +131,26 @@ fn raw_files() {
         let store = Arc::new(RawFile::open(&path, options).unwrap());
         let model = workload(store, base_content(), 1);
         assert!(std::fs::read(&path).unwrap() == model);
+    }
+}
+
+/// The same on packed rings, with and without what makes them fast.
+#[test]
+fn raw_files_on_packed_rings() {
+    let packed = FEATURES | VirtioFeatureFlags::RING_PACKED.bits();
+    let fast = VirtioFeatureFlags::RING_EVENT_IDX | VirtioFeatureFlags::RING_INDIRECT_DESC;
+    for (seed, features) in [(60, packed), (61, packed & !fast.bits())] {
+        for direct in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = base_file(dir.path());
+            let options = FileOptions {
+                read_only: false,
+                direct,
+            };
+            let store = Arc::new(RawFile::open(&path, options).unwrap());
+            let model = workload_on(features, store, base_content(), seed);
+            assert!(std::fs::read(&path).unwrap() == model);
+        }
     }
 }
 

@@ -39,13 +39,22 @@ impl Process {
 
     /// Connected, once it listens.
     pub(crate) fn connect(&mut self) -> UnixStream {
+        match self.connect_or_end() {
+            Ok(stream) => stream,
+            Err(status) => panic!("the daemon ended: {status:?}"),
+        }
+    }
+
+    /// Connected, or how it ended before that.
+    pub(crate) fn connect_or_end(&mut self) -> Result<UnixStream, ExitStatus> {
         let deadline = Instant::now() + LIMIT;
         loop {
             if let Ok(stream) = UnixStream::connect(&self.socket) {
-                return stream;
+                return Ok(stream);
             }
-            let ended = self.ended();
-            assert!(ended.is_none(), "the daemon ended: {ended:?}");
+            if let Some(status) = self.ended() {
+                return Err(status);
+            }
             assert!(Instant::now() < deadline, "nobody listens");
             std::thread::sleep(Duration::from_millis(1));
         }
