@@ -9,15 +9,15 @@ mod support {
 }
 
 use std::fs::File;
-use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use support::front::{BLOCK, DATA, Front, GUEST, LOG_ALL, MEMORY, Op, TIMEOUT, USER};
 use support::process::Process;
-use support::raw::{Client, NEED_REPLY, VERSION, memory, pair, words};
+use support::raw::{Client, NEED_REPLY, VERSION, event, memory, pair, words};
 use vmm_sys_util::eventfd::EventFd;
 
 const DISK: u64 = 1 << 20;
@@ -325,29 +325,43 @@ fn who_stalls_does_not_keep_the_next_one_waiting() {
     });
 }
 
-/// Signals that cannot be given: a full pipe and a full eventfd, both blocking, as call and error.
+/// For whoever has it, as FIONBIO, which every file knows.
+fn block(file: &File, blocking: bool) {
+    let same = OwnedFd::from(file.try_clone().unwrap());
+    UnixStream::from(same).set_nonblocking(!blocking).unwrap();
+}
+
+/// Signals that cannot be given: an eventfd that is full, and made to block after it was sent. A
+/// pipe is not even taken.
 #[test]
 fn descriptors_that_would_block_hold_nothing_up() {
     let mut besieged = Besieged::new();
-    let (_reader, mut writer) = std::io::pipe().unwrap();
-    // A pipe holds 64 KiB at first.
-    writer.write_all(&[0; 65536]).unwrap();
-    let full = EventFd::new(0).unwrap();
-    full.write(u64::MAX - 1).unwrap();
-    for fd in [writer.as_raw_fd(), full.as_raw_fd()] {
-        for packed in [false, true] {
+    let (_reader, writer) = std::io::pipe().unwrap();
+    for packed in [false, true] {
+        for blocking in [false, true] {
+            let mut full = event();
+            block(&full, blocking);
             let mut front = besieged.front(packed);
             front.negotiate(true).unwrap();
             front.start(front.base).unwrap();
             for request in [13, 14] {
-                assert!(front.set(request, &words(&[0]), &[fd]).unwrap());
+                let fds = [writer.as_raw_fd()];
+                assert!(!front.set(request, &words(&[0]), &fds).unwrap());
+                let fds = [full.as_raw_fd()];
+                assert!(front.set(request, &words(&[0]), &fds).unwrap());
             }
+            // It may have been signalled already.
+            block(&full, false);
+            while full.write(&(u64::MAX - 1).to_ne_bytes()).is_err() {
+                let _ = full.read(&mut [0; 8]);
+            }
+            block(&full, true);
             front.want_call();
             for token in 0..32 {
                 front.submit(token, Op::Write, 8 * u64::from(token));
             }
             finish(&mut front);
-            // A head past the table: retired, with an error to signal.
+            // Retired, with an error to signal.
             front.break_ring();
             front.notify();
             drop(front);

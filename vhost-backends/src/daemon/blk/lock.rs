@@ -10,7 +10,7 @@ use crate::limits::{LOCK_RETRY_MILLIS, LOCK_WAIT_MILLIS, MAX_BACKING_DEPTH};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -73,7 +73,7 @@ impl ImageLock {
 
     /// A lock that will be another process's.
     pub(super) fn later(path: &Path, how: Use) -> Result<ImageLock, String> {
-        match File::open(path) {
+        match open(path) {
             Ok(file) => Ok(ImageLock { file, how }),
             Err(error) => Err(format!(
                 "cannot open the disk image {}: {error}",
@@ -118,9 +118,16 @@ impl ImageLock {
     }
 }
 
+/// Opens what may not be an image at all: a pipe would be waited for.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    options.read(true).custom_flags(flags).open(path)
+}
+
 /// The file that a qcow2 image names as its base, if it is one and names a file.
 fn backing_of(image: &Path) -> Option<PathBuf> {
-    let file = File::open(image).ok()?;
+    let file = open(image).ok()?;
     let mut header = [0; 20];
     file.read_exact_at(&mut header, 0).ok()?;
     let [b'Q', b'F', b'I', 0xfb, _, _, _, _, at @ .., l0, l1, l2, l3] = header else {
@@ -204,7 +211,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
         std::fs::write(&path, [0; 512]).unwrap();
-        let open = || File::open(&path).unwrap();
+        let open = || open(&path).unwrap();
         for (first, second, both) in [
             (Use::Read, Use::Read, true),
             (Use::Read, Use::Write, false),
