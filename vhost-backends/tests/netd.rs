@@ -179,6 +179,63 @@ fn ports_of_one_switch_with_control_and_statistics() {
     }
 }
 
+#[test]
+fn a_capture_has_what_passes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let mut args: Vec<String> = port(&path("a"), 1, "loopback,id=a").into();
+    args.extend(["--control-socket".into(), path("ctl").display().to_string()]);
+    let daemon = Daemon::start(&args);
+    let mut front = front(&path("a"));
+    for round in 0..3usize {
+        let mut reader = connect(&path("ctl"));
+        let request = b"GET /ports/a/capture HTTP/1.0\r\n\r\n";
+        reader.write_all(request).unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            let mut byte = [0];
+            reader.read_exact(&mut byte).unwrap();
+            head.push(byte[0]);
+        }
+        assert!(head.starts_with(b"HTTP/1.0 200 OK"));
+        let mut block = || {
+            let mut start = [0; 8];
+            reader.read_exact(&mut start).unwrap();
+            let word = |i: usize| u32::from_le_bytes(start[i..i + 4].try_into().unwrap());
+            let mut rest = vec![0; word(4) as usize - 8];
+            reader.read_exact(&mut rest).unwrap();
+            assert_eq!(rest[rest.len() - 4..], start[4..], "both lengths");
+            (word(0), rest)
+        };
+        assert_eq!(block().0, 0x0a0d_0d0a);
+        assert_eq!(block().0, 1);
+        for len in [60usize, 61, 1514, 9000] {
+            while front.in_flight(0) < 16 {
+                assert!(front.offer_receive(0, 2048));
+            }
+            let sent = frame(1, 1, len + round);
+            front.send(1, &PLAIN, &sent);
+            assert_eq!(front.receive(0).1, sent);
+            for direction in [2, 1] {
+                let (kind, body) = block();
+                assert_eq!(kind, 6);
+                assert_eq!(body[12..16], (sent.len() as u32).to_le_bytes());
+                assert!(body[20..20 + sent.len()] == sent);
+                let options = 20 + sent.len().next_multiple_of(4);
+                assert_eq!(body[options..options + 8], [2, 0, 4, 0, direction, 0, 0, 0]);
+            }
+        }
+        // It hangs up; nobody minds.
+    }
+    assert_eq!(
+        http(&path("ctl"), "GET", "/ports/x/capture", "").0,
+        "HTTP/1.0 404 Not Found"
+    );
+    front.send(1, &PLAIN, &frame(1, 1, 60));
+    drop(front);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+}
+
 /// One frame, as a stream socket carries it.
 fn stream_frame(stream: &mut UnixStream) -> Vec<u8> {
     let mut length = [0; 4];

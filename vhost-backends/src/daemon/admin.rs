@@ -5,6 +5,7 @@
 //! | `GET /metrics` | both | Prometheus text |
 //! | `GET /stats` | both | the same as JSON |
 //! | `POST /take-over` | control | hands everything to the client ([`super::handover`]) |
+//! | `GET /DEVICES/NAME/WHAT` | control | what the [`Fleet`] has without an end |
 //! | `PUT /DEVICES/NAME/WHAT` | control | what the daemon's [`Fleet`] makes of it |
 //!
 //! In come bytes of anybody who may connect; nothing of them is kept beyond the answer. A client
@@ -12,7 +13,7 @@
 //! [`MAX_ADMIN_REQUEST`].
 
 use super::handover::Giver;
-use super::{Denied, Fleet};
+use super::{Denied, Fleet, Follow};
 use crate::limits::{ADMIN_TIMEOUT_SECS, MAX_ADMIN_REQUEST};
 use crate::readiness::{Event, Interest, wait};
 use std::io::{self, Read, Write};
@@ -91,7 +92,14 @@ fn converse<F: Fleet>(
 ) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     let deadline = Instant::now() + Duration::from_secs(ADMIN_TIMEOUT_SECS);
-    let answer = match receive(stream, stop, deadline)? {
+    let request = receive(stream, stop, deadline)?;
+    if access.is_control()
+        && let Some(follow) = request.as_deref().and_then(|r| follow(r, giver.fleet))
+    {
+        (&mut &*stream).write_all(FOLLOWED)?;
+        return follow(stream.try_clone()?);
+    }
+    let answer = match request {
         Some(request) if access.is_control() && request.starts_with("POST /take-over ") => {
             let body = request.split_once("\r\n\r\n").map_or("", |(_, body)| body);
             match giver.give(stream, body) {
@@ -175,6 +183,19 @@ fn pause(
     )? {
         [false, true] => Ok(()),
         _ => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// The head of an answer without an end; short enough for any socket to take at once.
+const FOLLOWED: &[u8] =
+    b"HTTP/1.0 200 OK\r\nContent-Type: application/octet-stream\r\nConnection: close\r\n\r\n";
+
+fn follow<'f, F: Fleet>(request: &str, fleet: &'f F) -> Option<Follow<'f>> {
+    let (method, rest) = request.lines().next()?.split_once(' ')?;
+    let path: Vec<&str> = rest.split(' ').next()?.split('/').skip(1).collect();
+    match (method, path.as_slice()) {
+        ("GET", [devices, name, what]) if *devices == F::DEVICES => fleet.follow(name, what),
+        _ => None,
     }
 }
 

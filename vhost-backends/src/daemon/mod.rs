@@ -44,7 +44,9 @@ pub(crate) use program::{parse, start};
 pub(crate) use serve::serve;
 
 use crate::session::{ConnectionEvent, Device};
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 /// What a daemon serves, and what may be asked of it meanwhile.
@@ -78,9 +80,17 @@ pub(crate) trait Fleet: Sync {
         Err("this device cannot be taken over".into())
     }
 
+    /// What `GET /DEVICES/NAME/WHAT` gives without an end: takes over the client's connection.
+    fn follow(&self, _name: &str, _what: &str) -> Option<Follow<'_>> {
+        None
+    }
+
     /// The requests that [`put`](Fleet::put) knows, for people.
     fn requests(&self) -> &'static str;
 }
+
+/// Writes to a client from here on, and waits for nothing.
+pub(crate) type Follow<'f> = Box<dyn FnOnce(UnixStream) -> io::Result<()> + 'f>;
 
 /// One device, and who is told about its connections.
 pub(crate) struct Member {

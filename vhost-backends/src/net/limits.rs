@@ -31,3 +31,7 @@ pub const STREAM_RETRY_MILLIS: u64 = 200;
 /// Buffers that one frame is spread over, so that a driver with tiny ones cannot make one frame
 /// cost a whole ring of them: 64 KiB in buffers of 512 bytes.
 pub const MAX_MERGED: usize = 130;
+/// Bytes of a frame that a capture keeps: all, for the longest.
+pub const CAPTURE_SNAP: usize = 1 << 17;
+/// Bytes of a capture that wait for its reader: beyond, frames are left out.
+pub const MAX_CAPTURE_BACKLOG: usize = 1 << 20;

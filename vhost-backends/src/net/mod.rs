@@ -5,6 +5,7 @@
 //! | `transmit` | chains of a transmit queue | batches of checked frames, to a port |
 //! | `receive` | frames, from anywhere | used receive buffers, and a signal for each batch |
 //! | `source` | a port's readable descriptor | frames, read right into receive buffers |
+//! | `capture` | frames as they pass | a pcapng file |
 //! | `control` | commands | filters, offloads, queue pairs |
 //! | `frame`, `offload` | a frame and what its receiver takes | frames that it takes |
 //! | `port` | batches of frames | a tap, a switch, a socket, an interface, or the same guest |
@@ -12,6 +13,7 @@
 //! A frame is copied once at most between two guests, by the thread that serves its sender's
 //! queue; between a guest and a tap the kernel copies, and nobody else.
 
+mod capture;
 mod config;
 mod control;
 mod filter;
@@ -23,6 +25,8 @@ mod receive;
 mod source;
 mod stats;
 mod steering;
+#[cfg(test)]
+mod tests;
 mod transmit;
 mod worker;
 
@@ -37,11 +41,13 @@ use crate::limit::Limiter;
 use crate::ring::{DeviceRing, Retire};
 use crate::session::quota::PEER_LINES;
 use crate::session::{ConfigRefused, Device, FrontendLink, QueueSetup, QueueStop, QueueWorker};
+use capture::Capture;
 use filter::Filter;
 use port::Port;
 use pv_abi::virtio::feature as ring;
 use pv_abi::virtio::net::{Header, LEGACY_HEADER_LEN, feature};
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use steering::Steering;
@@ -69,6 +75,7 @@ pub(crate) struct Link {
     /// Pairs of queues that the driver uses.
     active_pairs: AtomicU16,
     steering: Steering,
+    capture: Capture,
     pub(crate) limiter: Limiter,
     pub(crate) stats: NetStats,
 }
@@ -139,6 +146,7 @@ impl NetDevice {
             guest_offloads: AtomicU64::new(u64::MAX),
             active_pairs: AtomicU16::new(1),
             steering: Steering::default(),
+            capture: Capture::default(),
             limiter: Limiter::default(),
             stats: NetStats::default(),
         });
@@ -179,6 +187,12 @@ impl NetDevice {
     pub fn announce(&self) -> io::Result<()> {
         self.link.announce.store(true, Ordering::Relaxed);
         self.tell()
+    }
+
+    /// Writes what the guest sends and gets to `client`, as pcapng, until it hangs up or another
+    /// one comes. What it does not read in time is left out.
+    pub fn capture(&self, client: UnixStream, name: &str) -> io::Result<()> {
+        self.link.capture.start(client, name)
     }
 
     fn tell(&self) -> io::Result<()> {

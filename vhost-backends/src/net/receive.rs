@@ -4,6 +4,7 @@
 //! right into the guest's buffers; out go used buffers and one signal for a batch. What does not
 //! fit is dropped and counted, and costs nobody else anything.
 
+use super::capture::Direction;
 use super::filter::Filter;
 use super::frame::Frame;
 use super::limits::{MAX_FRAME_LEN, MAX_MERGED, MIN_FRAME_LEN};
@@ -14,7 +15,7 @@ use super::{Link, header_len};
 use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
 use crate::session::{Notifier, QueueSetup, QueueStop};
 use pv_abi::limits::MAX_CHAIN_LEN;
-use pv_abi::virtio::net::{Header, feature, gso, header_flag};
+use pv_abi::virtio::net::{HashReport, Header, feature, gso, header_flag};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
@@ -169,6 +170,9 @@ impl RxQueue {
 
     /// Puts a frame into buffers, made plain where the guest does not take it as it is.
     pub(super) fn deliver(&mut self, frame: &Frame<'_>, tally: &mut Tally) {
+        if self.link.capture.is_on() {
+            self.link.capture.frame(frame, Direction::ToGuest);
+        }
         if self.offloads().take(frame) {
             return self.put(frame, tally);
         }
@@ -269,30 +273,25 @@ impl RxQueue {
             let take = left.min(buffer.room.saturating_sub(head));
             let there = take.min(in_place);
             in_place -= there;
-            if take > there {
-                let from = (head + there) as u64;
-                let _ =
-                    buffer
-                        .chain
-                        .writable_slices(&self.memory, from, (take - there) as u64, |to| {
-                            source.copy_into(&to)
-                        });
-            }
+            // The header goes first, with the frame where that is not in place yet.
             if index == 0 {
-                self.write_header(&buffer.chain, header);
+                source.head(header, self.header_len);
             }
+            if there > 0 && head > 0 {
+                self.copy(&buffer.chain, 0, head, source);
+            }
+            let from = if there > 0 { head + there } else { 0 };
+            self.copy(&buffer.chain, from, head + take - from, source);
             left -= take;
             self.done.push(used(&buffer.chain, head + take));
         }
     }
 
-    fn write_header(&self, chain: &OwnedChain, header: Header) {
-        let mut bytes = [0; 20];
-        for (to, from) in bytes.iter_mut().zip(header.as_bytes()) {
-            *to = *from;
-        }
-        let bytes = bytes.get(..self.header_len).unwrap_or_default();
-        let _ = chain.write_at(&self.memory, 0, bytes);
+    /// Fills a part of a chain.
+    fn copy(&self, chain: &OwnedChain, from: usize, len: usize, source: &mut Source<'_>) {
+        let (from, len) = (from as u64, len as u64);
+        // The chain was checked against this memory; there is no other.
+        let _ = chain.writable_slices(&self.memory, from, len, |to| source.copy_into(&to));
     }
 
     /// Publishes what was filled, and calls the driver if it wants that.
@@ -401,21 +400,45 @@ pub(super) fn is_plain(header: &Header) -> bool {
     header.gso_type == gso::NONE && header.flags & header_flag::NEEDS_CSUM == 0
 }
 
-/// Bytes of a frame, taken from its front.
+/// Longest header: with a hash report.
+const MOST_HEADER: usize = size_of::<Header>() + size_of::<HashReport>();
+
+/// Bytes of a header and a frame, taken from the front.
 #[derive(Debug)]
-pub(super) struct Source<'s> {
+struct Source<'s> {
+    header: [u8; MOST_HEADER],
+    /// What is left of the header.
+    head: std::ops::Range<usize>,
     pieces: &'s [VolatileSlice<'s, ()>],
     offset: usize,
 }
 
 impl<'s> Source<'s> {
-    pub(super) fn new(pieces: &'s [VolatileSlice<'s, ()>]) -> Source<'s> {
-        Source { pieces, offset: 0 }
+    fn new(pieces: &'s [VolatileSlice<'s, ()>]) -> Source<'s> {
+        Source {
+            header: [0; MOST_HEADER],
+            head: 0..0,
+            pieces,
+            offset: 0,
+        }
+    }
+
+    /// A header comes next.
+    fn head(&mut self, header: Header, len: usize) {
+        for (to, from) in self.header.iter_mut().zip(header.as_bytes()) {
+            *to = *from;
+        }
+        self.head = 0..len;
     }
 
     /// Fills `to`, or as much of it as there are bytes for.
     fn copy_into(&mut self, to: &VolatileSlice<'_, ()>) {
         let mut at = 0;
+        if let Some(left) = self.header.get(self.head.clone()) {
+            at = left.len().min(to.len());
+            to.copy_from(left.get(..at).unwrap_or_default());
+            self.head.start += at;
+        }
         while at < to.len() {
             let Some(piece) = self.pieces.first() else {
                 return;

@@ -4,6 +4,7 @@
 //! buffer of our own first, so that nothing is ever cut.
 
 use super::Link;
+use super::capture::Direction;
 use super::frame::Frame;
 use super::limits::{MAX_BATCH, MAX_FRAME_LEN};
 use super::offload::{Scratch, complete};
@@ -190,7 +191,7 @@ impl Reader<'_> {
         if !offloads.checksum {
             head.flags &= !header_flag::DATA_VALID;
         }
-        if !filter.promiscuous || !is_plain(&head) {
+        if !filter.promiscuous || !is_plain(&head) || self.link.capture.is_on() {
             let more = len.saturating_sub(room);
             views.push(VolatileSlice::from(
                 overflow.get_mut(..more).unwrap_or_default(),
@@ -207,6 +208,9 @@ impl Reader<'_> {
                     tally.drop(Drop::BadHeader);
                 }
                 return Ok(true);
+            }
+            if self.link.capture.is_on() {
+                self.link.capture.frame(&frame, Direction::ToGuest);
             }
         }
         let rest = overflow.get_mut(..).unwrap_or_default();

@@ -3,6 +3,7 @@
 //! In come chains; out go batches of checked frames to the port, and the chains, given back once
 //! the port is done with them. Nothing of a frame is copied here but its first bytes.
 
+use super::capture::Direction;
 use super::frame::{Frame, check_header, check_len};
 use super::limits::MAX_BATCH;
 use super::offload::{Offloads, Scratch, complete};
@@ -18,8 +19,8 @@ use pv_abi::virtio::net::Header;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
-use zerocopy::{FromBytes, IntoBytes};
+use vm_memory::{Bytes, GuestMemoryMmap, VolatileSlice};
+use zerocopy::IntoBytes;
 
 /// Starts a transmit queue.
 pub(super) fn spawn(
@@ -91,6 +92,31 @@ struct Batch<'m> {
     done: Vec<Completion>,
 }
 
+/// Takes `count` bytes off the front of the pieces from `first` on, and copies as many of them as
+/// there is room for. There are more.
+fn take_front(
+    pieces: &mut Vec<VolatileSlice<'_, ()>>,
+    first: usize,
+    count: usize,
+    mut into: &mut [u8],
+) {
+    let (mut left, mut empty) = (count, 0);
+    for piece in pieces.iter_mut().skip(first) {
+        let take = piece.len().min(left);
+        let n = piece.read(into, 0).unwrap_or(0).min(take);
+        into = into.get_mut(n..).unwrap_or_default();
+        left -= take;
+        if take < piece.len() {
+            if let Ok(rest) = piece.offset(take) {
+                *piece = rest;
+            }
+            break;
+        }
+        empty += 1;
+    }
+    pieces.drain(first..first + empty);
+}
+
 impl Worker {
     /// Takes a batch and sends it. Whether there was anything.
     fn turn<'m>(&mut self, memory: &'m GuestMemoryMmap, batch: &mut Batch<'m>) -> bool {
@@ -117,6 +143,11 @@ impl Worker {
                 Frame::new(header, batch.pieces.get(from..to).unwrap_or_default(), len)
             })
             .collect();
+        if self.link.capture.is_on() {
+            for frame in &frames {
+                self.link.capture.frame(frame, Direction::FromGuest);
+            }
+        }
         if self.link.is_up() {
             self.send(&frames, &mut tally);
         } else {
@@ -174,21 +205,18 @@ impl Worker {
         let Ok(len) = check_len(data) else {
             return tally.drop(Drop::Length);
         };
-        let mut bytes = [0; size_of::<Header>()];
-        let known = self.header_len.min(bytes.len());
-        let read = bytes
-            .get_mut(..known)
-            .is_some_and(|bytes| chain.read_at(memory, 0, bytes).is_ok());
         let from = pieces.len();
-        let start = self.header_len as u64;
-        let seen = chain.readable_slices(memory, start, data, |piece| pieces.push(piece));
-        if !read || seen.is_err() {
+        if chain
+            .readable_slices(memory, 0, total, |piece| pieces.push(piece))
+            .is_err()
+        {
             pieces.truncate(from);
             return tally.drop(Drop::BadChain);
         }
         let mut header = Header::default();
-        header.as_mut_bytes().copy_from_slice(&bytes);
-        let header = Header::read_from_bytes(&bytes).unwrap_or(header);
+        let known = self.header_len.min(size_of::<Header>());
+        let bytes = header.as_mut_bytes().get_mut(..known);
+        take_front(pieces, from, self.header_len, bytes.unwrap_or_default());
         match check_header(header, len, self.features) {
             Ok(header) => parsed.push((header, from, pieces.len(), len)),
             Err(_) => tally.drop(Drop::BadHeader),

@@ -1,6 +1,7 @@
 //! One descriptor chain as an owned value.
 
 use super::Retire;
+use smallvec::SmallVec;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 /// A buffer of the guest, checked to lie in memory when the chain was walked.
@@ -35,7 +36,7 @@ pub enum ChainError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnedChain {
     head: u16,
-    segments: Vec<Segment>,
+    segments: SmallVec<[Segment; 4]>,
     /// How many of `segments` are readable.
     split: usize,
     readable: u64,
@@ -46,7 +47,7 @@ impl OwnedChain {
     pub(super) fn new(head: u16) -> OwnedChain {
         OwnedChain {
             head,
-            segments: Vec::with_capacity(4),
+            segments: SmallVec::new(),
             split: 0,
             readable: 0,
             writable: 0,
@@ -182,9 +183,14 @@ impl OwnedChain {
 
 /// Whether a buffer lies in memory.
 pub(super) fn check_buffer(mem: &GuestMemoryMmap, addr: u64, len: u32) -> Result<(), Retire> {
+    let start = GuestAddress(addr);
+    // Nearly always in one region.
+    if len > 0 && mem.get_slice(start, len as usize).is_ok() {
+        return Ok(());
+    }
     let inside = addr
         .checked_add(u64::from(len))
-        .is_some_and(|_| GuestMemoryBackend::check_range(mem, GuestAddress(addr), len as usize));
+        .is_some_and(|_| GuestMemoryBackend::check_range(mem, start, len as usize));
     if inside {
         Ok(())
     } else {
@@ -201,6 +207,10 @@ fn slices<'m>(
     mut each: impl FnMut(VolatileSlice<'m, ()>),
 ) -> Result<(), ChainError> {
     for_each(segments, total, offset, len, |segment| {
+        if let Ok(whole) = mem.get_slice(segment.addr, segment.len as usize) {
+            each(whole);
+            return Ok(());
+        }
         // Two adjacent regions may lie apart in the host: one segment can be several slices.
         let pieces = GuestMemoryBackend::get_slices(mem, segment.addr, segment.len as usize);
         for piece in pieces {

@@ -29,7 +29,7 @@ pub use packed::PackedRing;
 pub use split::{RingConfig, SplitRing};
 
 pub(crate) use dirty::RingDirty;
-use place::check_part;
+use place::{Mapped, map_part};
 
 use vm_memory::GuestAddress;
 

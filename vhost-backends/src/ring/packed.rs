@@ -9,17 +9,19 @@ use super::crash::{Point, hit};
 use super::dirty::RingDirty;
 use super::inflight::{LoggedDesc, PackedLog, QueueLog};
 use super::{
-    Completion, DeviceRing, OwnedChain, Retire, RingConfig, RingError, RingPart, RingState, at,
-    check_part,
+    Completion, DeviceRing, Mapped, OwnedChain, Retire, RingConfig, RingError, RingPart, RingState,
+    at, map_part,
 };
 use crate::limits::MAX_RING_SIZE;
 use pv_abi::limits::MAX_CHAIN_LEN;
 use pv_abi::virtio::desc_flag::{INDIRECT, NEXT, WRITE};
 use pv_abi::virtio::split::need_event;
+use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use zerocopy::IntoBytes;
 
 /// Descriptor flags: available, in laps in which the wrap counter is one.
 const AVAIL: u16 = 1 << 7;
@@ -97,6 +99,20 @@ struct Taken {
     entry: u16,
 }
 
+/// Descriptors of a chain; most have a few.
+type Descs = SmallVec<[LoggedDesc; 4]>;
+
+/// The parts of a descriptor.
+fn parse_desc([addr, rest]: [u64; 2]) -> LoggedDesc {
+    LoggedDesc {
+        addr,
+        // 32, 16 and 16 bits.
+        len: rest as u32,
+        id: (rest >> 32) as u16,
+        flags: (rest >> 48) as u16,
+    }
+}
+
 /// A chain that the last process had in flight.
 #[derive(Debug)]
 struct Resubmit {
@@ -110,6 +126,9 @@ struct Resubmit {
 pub struct PackedRing {
     config: RingConfig,
     mem: Arc<GuestMemoryMmap>,
+    desc_part: Mapped,
+    driver_part: Mapped,
+    device_part: Mapped,
     next_avail: Position,
     next_used: Position,
     /// By buffer id.
@@ -137,9 +156,9 @@ impl PackedRing {
             return Err(RingError::BadSize(size));
         }
         let len = DESC * u64::from(size);
-        check_part(&mem, RingPart::DescriptorRing, config.desc, 16, len)?;
-        check_part(&mem, RingPart::DriverEvent, config.avail, 4, 4)?;
-        check_part(&mem, RingPart::DeviceEvent, config.used, 4, 4)?;
+        let desc_part = map_part(&mem, RingPart::DescriptorRing, config.desc, 16, len)?;
+        let driver_part = map_part(&mem, RingPart::DriverEvent, config.avail, 4, 4)?;
+        let device_part = map_part(&mem, RingPart::DeviceEvent, config.used, 4, 4)?;
         let start = Position {
             index: 0,
             wrap: true,
@@ -147,6 +166,9 @@ impl PackedRing {
         Ok(PackedRing {
             config,
             mem,
+            desc_part,
+            driver_part,
+            device_part,
             next_avail: start,
             next_used: start,
             taken: vec![Taken::default(); usize::from(size)],
@@ -237,47 +259,30 @@ impl PackedRing {
         self.dirty = Some(dirty);
     }
 
-    fn desc_at(&self, index: u16) -> GuestAddress {
-        at(self.config.desc, DESC * u64::from(index))
-    }
-
     fn flags(&self, index: u16) -> Result<u16, Retire> {
-        let addr = at(self.desc_at(index), AT_FLAGS);
+        let offset = DESC * u64::from(index) + AT_FLAGS;
         // Ordering: Acquire pairs with the driver's release of the flags, so the rest of the
         // chain is seen.
-        let flags = self.mem.load::<u16>(addr, Ordering::Acquire);
-        flags.map(u16::from_le).map_err(|_| Retire::RingAccess)
+        self.desc_part.load16(offset, Ordering::Acquire)
     }
 
-    fn read_desc(&self, addr: GuestAddress) -> Result<LoggedDesc, Retire> {
-        let mut bytes = [0; DESC as usize];
+    /// A descriptor of the ring.
+    fn ring_desc(&self, index: u16) -> Result<LoggedDesc, Retire> {
+        let offset = DESC * u64::from(index);
+        let words = [
+            self.desc_part.load64(offset)?,
+            self.desc_part.load64(offset + 8)?,
+        ];
+        Ok(parse_desc(words))
+    }
+
+    /// A descriptor of an indirect table.
+    fn table_desc(&self, addr: GuestAddress) -> Result<LoggedDesc, Retire> {
+        let mut words = [0u64; 2];
         self.mem
-            .read_slice(&mut bytes, addr)
+            .read_slice(words.as_mut_bytes(), addr)
             .map_err(|_| Retire::RingAccess)?;
-        let [
-            a0,
-            a1,
-            a2,
-            a3,
-            a4,
-            a5,
-            a6,
-            a7,
-            l0,
-            l1,
-            l2,
-            l3,
-            i0,
-            i1,
-            f0,
-            f1,
-        ] = bytes;
-        Ok(LoggedDesc {
-            addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
-            id: u16::from_le_bytes([i0, i1]),
-            flags: u16::from_le_bytes([f0, f1]),
-        })
+        Ok(parse_desc(words.map(u64::from_le)))
     }
 
     fn pop_inner(&mut self) -> Result<Option<OwnedChain>, Retire> {
@@ -325,11 +330,11 @@ impl PackedRing {
     }
 
     /// Copies the descriptors of a chain out of the ring.
-    fn collect(&self, first: u16) -> Result<Vec<LoggedDesc>, Retire> {
-        let mut descs = Vec::with_capacity(4);
+    fn collect(&self, first: u16) -> Result<Descs, Retire> {
+        let mut descs = Descs::new();
         let mut index = first;
         loop {
-            let desc = self.read_desc(self.desc_at(index))?;
+            let desc = self.ring_desc(index)?;
             descs.push(desc);
             if desc.flags & NEXT == 0 {
                 return Ok(descs);
@@ -377,7 +382,7 @@ impl PackedRing {
             total += count as usize;
             // All entries belong to the chain, in order (virtio 1.3 §2.8.7).
             for n in 0..u64::from(count) {
-                let inner = self.read_desc(at(GuestAddress(desc.addr), DESC * n))?;
+                let inner = self.table_desc(at(GuestAddress(desc.addr), DESC * n))?;
                 if inner.flags & INDIRECT != 0 {
                     return Err(Retire::NestedIndirect);
                 }
@@ -475,42 +480,32 @@ impl PackedRing {
     }
 
     fn write_element(&self, slot: Position, done: &Completion) -> Result<(), Retire> {
-        let desc = self.desc_at(slot.index);
+        let offset = DESC * u64::from(slot.index);
+        self.desc_part.store32(offset + AT_LEN, done.written)?;
         // Ordering: Relaxed, the flags publish it.
-        self.mem
-            .store(done.written.to_le(), at(desc, AT_LEN), Ordering::Relaxed)
-            .and_then(|()| {
-                self.mem
-                    .store(done.head.to_le(), at(desc, AT_ID), Ordering::Relaxed)
-            })
-            .map_err(|_| Retire::RingAccess)
+        self.desc_part
+            .store16(offset + AT_ID, done.head, Ordering::Relaxed)
     }
 
     fn publish_element(&self, slot: Position, done: &Completion) -> Result<(), Retire> {
-        let desc = self.desc_at(slot.index);
         let mut flags = if slot.wrap { AVAIL | USED } else { 0 };
         if done.written > 0 {
             flags |= WRITE;
         }
         // Ordering: Release, so a driver that sees the flags sees the element and the data.
-        self.mem
-            .store(flags.to_le(), at(desc, AT_FLAGS), Ordering::Release)
-            .map_err(|_| Retire::RingAccess)?;
+        let offset = DESC * u64::from(slot.index);
+        self.desc_part
+            .store16(offset + AT_FLAGS, flags, Ordering::Release)?;
         if let Some(dirty) = &self.dirty {
-            dirty.written(desc.0, DESC);
+            dirty.written(self.config.desc.0.wrapping_add(offset), DESC);
         }
         Ok(())
     }
 
     fn set_event_flags(&self, flags: u16) -> Result<(), Retire> {
         // Ordering: Release, after the index that the flags make valid.
-        self.mem
-            .store(
-                flags.to_le(),
-                at(self.config.used, AT_EVENT_FLAGS),
-                Ordering::Release,
-            )
-            .map_err(|_| Retire::RingAccess)?;
+        self.device_part
+            .store16(AT_EVENT_FLAGS, flags, Ordering::Release)?;
         if let Some(dirty) = &self.dirty {
             dirty.written(self.config.used.0, 4);
         }
@@ -520,11 +515,9 @@ impl PackedRing {
     fn arm_inner(&mut self) -> Result<bool, Retire> {
         self.armed = true;
         if self.config.event_idx {
-            let event = self.next_avail.to_state().to_le();
+            let event = self.next_avail.to_state();
             // Ordering: Relaxed, the flags publish it.
-            self.mem
-                .store(event, self.config.used, Ordering::Relaxed)
-                .map_err(|_| Retire::RingAccess)?;
+            self.device_part.store16(0, event, Ordering::Relaxed)?;
             self.set_event_flags(AT_DESC)?;
         } else {
             self.set_event_flags(ENABLE)?;
@@ -546,12 +539,8 @@ impl PackedRing {
         // Ordering: the used flags must be out before the driver's event is read; the driver
         // writes its event, fences, and reads the flags. One of the two sees the other.
         fence(Ordering::SeqCst);
-        let event = self.config.avail;
-        let load = |offset| {
-            // Ordering: Acquire for the flags, so that the index is at least as new.
-            let value = self.mem.load::<u16>(at(event, offset), Ordering::Acquire);
-            value.map(u16::from_le).map_err(|_| Retire::RingAccess)
-        };
+        // Ordering: Acquire for the flags, so that the index is at least as new.
+        let load = |offset| self.driver_part.load16(offset, Ordering::Acquire);
         Ok(match load(AT_EVENT_FLAGS)? {
             DISABLE => false,
             AT_DESC if self.config.event_idx && known => {

@@ -1,16 +1,89 @@
-//! Where the parts of a ring may lie.
+//! Where the parts of a ring may lie, and the way to their bytes.
+#![allow(unsafe_code)]
+// UNSAFETY: atomic accesses to memory of a guest, found once and not again for each access.
 
-use super::{RingError, RingPart};
+use super::{Retire, RingError, RingPart};
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
+/// A part of a ring in memory of ours.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    start: NonNull<u8>,
+    len: usize,
+    /// Keeps it mapped.
+    _memory: Arc<GuestMemoryMmap>,
+}
+
+// SAFETY: the memory is mapped as long as this exists, whoever has it, and every access is atomic.
+unsafe impl Send for Mapped {}
+// SAFETY: as above.
+unsafe impl Sync for Mapped {}
+
+impl Mapped {
+    /// Where `T` lies. Every `T` here is an atomic integer without padding.
+    fn at<T>(&self, offset: u64) -> Result<NonNull<T>, Retire> {
+        let offset = usize::try_from(offset).map_err(|_| Retire::RingAccess)?;
+        let inside = offset
+            .checked_add(size_of::<T>())
+            .is_some_and(|end| end <= self.len);
+        if !inside {
+            return Err(Retire::RingAccess);
+        }
+        // SAFETY: inside the part, which is inside one mapping.
+        let place = unsafe { self.start.add(offset) }.cast::<T>();
+        if place.is_aligned() {
+            Ok(place)
+        } else {
+            Err(Retire::RingAccess)
+        }
+    }
+
+    pub(super) fn load16(&self, offset: u64, order: Ordering) -> Result<u16, Retire> {
+        // SAFETY: mapped and aligned; others change it at most as atomically as this reads it.
+        let value = unsafe { self.at::<AtomicU16>(offset)?.as_ref() }.load(order);
+        Ok(u16::from_le(value))
+    }
+
+    pub(super) fn store16(&self, offset: u64, value: u16, order: Ordering) -> Result<(), Retire> {
+        // SAFETY: as in `load16`.
+        unsafe { self.at::<AtomicU16>(offset)?.as_ref() }.store(value.to_le(), order);
+        Ok(())
+    }
+
+    pub(super) fn store32(&self, offset: u64, value: u32) -> Result<(), Retire> {
+        // SAFETY: as in `load16`. Ordering: Relaxed, what publishes it comes later.
+        unsafe { self.at::<AtomicU32>(offset)?.as_ref() }.store(value.to_le(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Asks the processor for a place that will be read soon. One outside is let be.
+    pub(super) fn prefetch(&self, offset: u64) {
+        if let Ok(place) = self.at::<AtomicU16>(offset) {
+            // SAFETY: a hint that reads nothing; SSE is there on every x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(place.as_ptr().cast()) };
+        }
+    }
+
+    /// Eight bytes, the first in the lowest.
+    pub(super) fn load64(&self, offset: u64) -> Result<u64, Retire> {
+        // SAFETY: as in `load16`. Ordering: Relaxed, what published it was acquired.
+        let value = unsafe { self.at::<AtomicU64>(offset)?.as_ref() }.load(Ordering::Relaxed);
+        Ok(u64::from_le(value))
+    }
+}
+
 /// A part of a ring lies in one region and is aligned for guest and host alike.
-pub(super) fn check_part(
-    mem: &GuestMemoryMmap,
+pub(super) fn map_part(
+    mem: &Arc<GuestMemoryMmap>,
     part: RingPart,
     addr: GuestAddress,
     align: u64,
     len: u64,
-) -> Result<(), RingError> {
+) -> Result<Mapped, RingError> {
     let misaligned = RingError::Misaligned { part, addr: addr.0 };
     let outside = RingError::OutsideMemory { part, addr: addr.0 };
     if !addr.0.is_multiple_of(align) {
@@ -22,10 +95,13 @@ pub(super) fn check_part(
         return Err(outside);
     }
     // An odd region base makes aligned guest addresses misaligned here.
-    let host = GuestMemoryBackend::get_host_address(mem, addr).map_err(|_| outside)?;
-    if (host as usize as u64).is_multiple_of(align) {
-        Ok(())
-    } else {
-        Err(misaligned)
+    let host = GuestMemoryBackend::get_host_address(&**mem, addr).map_err(|_| outside)?;
+    if !(host as usize as u64).is_multiple_of(align) {
+        return Err(misaligned);
     }
+    Ok(Mapped {
+        start: NonNull::new(host).ok_or(outside)?,
+        len: usize::try_from(len).map_err(|_| outside)?,
+        _memory: Arc::clone(mem),
+    })
 }

@@ -11,8 +11,8 @@ use super::crash::{Point, hit};
 use super::dirty::RingDirty;
 use super::inflight::{QueueLog, SplitLog};
 use super::{
-    Completion, DeviceRing, OwnedChain, Retire, RingError, RingPart, RingState, at, check_part,
-    used_elem_offset, used_event_offset,
+    Completion, DeviceRing, Mapped, OwnedChain, Retire, RingError, RingPart, RingState, at,
+    map_part, used_elem_offset, used_event_offset,
 };
 use crate::limits::MAX_RING_SIZE;
 use pv_abi::limits::MAX_CHAIN_LEN;
@@ -23,6 +23,13 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
+
+/// In the available ring.
+const AVAIL_INDEX: u64 = 2;
+/// How far ahead descriptors are asked for: about as long as memory takes.
+const AHEAD: u16 = 6;
+/// In the used ring.
+const USED_INDEX: u64 = 2;
 
 /// A ring's registers, frozen when the ring is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +57,9 @@ pub struct SplitRing {
     desc: GuestAddress,
     avail: GuestAddress,
     used: GuestAddress,
+    desc_part: Mapped,
+    avail_part: Mapped,
+    used_part: Mapped,
     event_idx: bool,
     indirect: bool,
     /// The driver's available index when it was last read; entries up to here may be taken.
@@ -76,21 +86,21 @@ impl SplitRing {
         if size > MAX_RING_SIZE || !size.is_power_of_two() {
             return Err(RingError::BadSize(size));
         }
-        check_part(
+        let desc_part = map_part(
             &mem,
             RingPart::DescriptorTable,
             config.desc,
             16,
             split::desc_len(size),
         )?;
-        check_part(
+        let avail_part = map_part(
             &mem,
             RingPart::AvailableRing,
             config.avail,
             2,
             split::avail_len(size),
         )?;
-        check_part(
+        let used_part = map_part(
             &mem,
             RingPart::UsedRing,
             config.used,
@@ -118,6 +128,9 @@ impl SplitRing {
             desc: config.desc,
             avail: config.avail,
             used: config.used,
+            desc_part,
+            avail_part,
+            used_part,
             event_idx: config.event_idx,
             indirect: config.indirect,
             known_avail: 0,
@@ -220,11 +233,7 @@ impl SplitRing {
         if next == self.known_avail {
             // Ordering: Acquire pairs with the driver's release of the index, so the entries and
             // descriptors before it are seen.
-            let avail = self
-                .queue
-                .avail_idx(&*self.mem, Ordering::Acquire)
-                .map_err(|_| Retire::RingAccess)?
-                .0;
+            let avail = self.avail_part.load16(AVAIL_INDEX, Ordering::Acquire)?;
             let moved = avail.wrapping_sub(next);
             if moved > self.size {
                 let size = self.size;
@@ -236,14 +245,15 @@ impl SplitRing {
             self.known_avail = avail;
         }
         // Ordering: Relaxed, the index was acquired.
-        let slot = at(self.avail, 4 + 2 * u64::from(next % self.size));
-        let head = u16::from_le(
-            self.mem
-                .load::<u16>(slot, Ordering::Relaxed)
-                .map_err(|_| Retire::RingAccess)?,
-        );
+        let slot = 4 + 2 * u64::from(next % self.size);
+        let head = self.avail_part.load16(slot, Ordering::Relaxed)?;
         if head >= self.size {
             return Err(Retire::BadHead { head });
+        }
+        if self.known_avail.wrapping_sub(next) > AHEAD {
+            let soon = 4 + 2 * u64::from(next.wrapping_add(AHEAD) % self.size);
+            let soon = self.avail_part.load16(soon, Ordering::Relaxed)?;
+            self.desc_part.prefetch(16 * u64::from(soon));
         }
         if self.is_in_flight(head) {
             return Err(Retire::HeadInFlight { head });
@@ -281,7 +291,7 @@ impl SplitRing {
     /// changes it meanwhile changes nothing here.
     fn walk(&self, head: u16) -> Result<OwnedChain, Retire> {
         let mut chain = OwnedChain::new(head);
-        let (mut table, mut count, mut indirect) = (self.desc, self.size, false);
+        let (mut table, mut count, mut indirect) = (None, self.size, false);
         // Descriptors taken from this table, and from both.
         let (mut taken, mut total) = (0u16, 0usize);
         let mut next = head;
@@ -292,7 +302,8 @@ impl SplitRing {
             let desc = self.descriptor(table, next)?;
             taken += 1;
             if desc.flags & desc_flag::INDIRECT != 0 {
-                (table, count) = self.enter_indirect(desc, indirect)?;
+                let entered = self.enter_indirect(desc, indirect)?;
+                (table, count) = (Some(entered.0), entered.1);
                 (indirect, taken, next) = (true, 0, 0);
                 continue;
             }
@@ -312,10 +323,19 @@ impl SplitRing {
         }
     }
 
-    fn descriptor(&self, table: GuestAddress, index: u16) -> Result<Desc, Retire> {
+    /// A descriptor of the ring's own table, or of an indirect one.
+    fn descriptor(&self, table: Option<GuestAddress>, index: u16) -> Result<Desc, Retire> {
+        let offset = 16 * u64::from(index);
+        let Some(table) = table else {
+            let words = [
+                self.desc_part.load64(offset)?,
+                self.desc_part.load64(offset + 8)?,
+            ];
+            return Desc::read_from_bytes(words.as_bytes()).map_err(|_| Retire::RingAccess);
+        };
         let mut bytes = [0; size_of::<Desc>()];
         self.mem
-            .read_slice(&mut bytes, at(table, 16 * u64::from(index)))
+            .read_slice(&mut bytes, at(table, offset))
             .map_err(|_| Retire::RingAccess)?;
         Desc::read_from_bytes(&bytes).map_err(|_| Retire::RingAccess)
     }
@@ -375,13 +395,8 @@ impl SplitRing {
                 dirty.given_back(done.head);
             }
             let offset = used_elem_offset(next, self.size);
-            let elem = UsedElem {
-                id: u32::from(done.head).to_le(),
-                len: done.written.to_le(),
-            };
-            self.mem
-                .write_slice(elem.as_bytes(), at(self.used, offset))
-                .map_err(|_| Retire::RingAccess)?;
+            self.used_part.store32(offset, u32::from(done.head))?;
+            self.used_part.store32(offset + 4, done.written)?;
             self.dirty_used(offset, size_of::<UsedElem>() as u64);
             if let Some(log) = &self.log {
                 log.batched(done.head);
@@ -391,9 +406,8 @@ impl SplitRing {
         }
         self.queue.set_next_used(next);
         // Ordering: Release, so a driver that sees the index sees the elements and the data.
-        self.mem
-            .store(next.to_le(), at(self.used, 2), Ordering::Release)
-            .map_err(|_| Retire::RingAccess)?;
+        self.used_part
+            .store16(USED_INDEX, next, Ordering::Release)?;
         hit(Point::P5);
         if let Some(log) = &self.log {
             for done in batch.iter().filter(|done| done.head < self.size) {
@@ -431,11 +445,7 @@ impl SplitRing {
         } else {
             0
         };
-        let field = self
-            .mem
-            .load::<u16>(at(self.avail, offset), Ordering::Relaxed)
-            .map(u16::from_le)
-            .map_err(|_| Retire::RingAccess)?;
+        let field = self.avail_part.load16(offset, Ordering::Relaxed)?;
         Ok(if self.event_idx {
             !known || split::need_event(field, new, old)
         } else {
@@ -495,9 +505,9 @@ impl DeviceRing for SplitRing {
         self.retired.is_none()
             && (!self.resubmit.is_empty()
                 || self
-                    .queue
-                    .avail_idx(&*self.mem, Ordering::Relaxed)
-                    .is_ok_and(|index| index.0 != self.queue.next_avail()))
+                    .avail_part
+                    .load16(AVAIL_INDEX, Ordering::Relaxed)
+                    .is_ok_and(|index| index != self.queue.next_avail()))
     }
 
     fn should_signal(&mut self) -> bool {

@@ -4,7 +4,7 @@ mod cli;
 mod peer;
 mod report;
 
-use super::{Denied, Fleet, Member, Sockets};
+use super::{Denied, Fleet, Follow, Member, Sockets};
 use crate::net::{Mac, NetDevice, NetOptions};
 use crate::session::{ConnectionEvent, SessionEnd};
 use cli::{Cli, OnePort, PortLimits};
@@ -131,8 +131,14 @@ impl Fleet for Ports {
         Ok(said)
     }
 
+    fn follow(&self, name: &str, what: &str) -> Option<Follow<'_>> {
+        let port = self.0.iter().find(|port| port.name == name)?;
+        let capture = move |client| port.device.capture(client, &port.name);
+        (what == "capture").then(|| Box::new(capture) as Follow<'_>)
+    }
+
     fn requests(&self) -> &'static str {
         "GET /metrics, GET /stats, PUT /ports/NAME/limits, PUT /ports/NAME/link, \
-         PUT /ports/NAME/announce"
+         PUT /ports/NAME/announce, GET /ports/NAME/capture"
     }
 }

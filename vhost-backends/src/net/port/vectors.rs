@@ -78,7 +78,7 @@ pub(super) fn write(
 }
 
 /// Sends what the socket takes of a head and pieces, without waiting and without a signal.
-pub(super) fn send(
+pub(in crate::net) fn send(
     fd: BorrowedFd<'_>,
     head: &[u8],
     pieces: &[VolatileSlice<'_, ()>],
