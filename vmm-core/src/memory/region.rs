@@ -6,7 +6,7 @@ use pv_abi::layout::{LARGE_PAGE_SIZE, PAGE_SIZE};
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -121,6 +121,18 @@ impl Region {
         let from = offset & !(PAGE_SIZE - 1);
         let to = offset.saturating_add(len).div_ceil(PAGE_SIZE) * PAGE_SIZE;
         let _ = self.advise(from, to, libc::MADV_POPULATE_WRITE);
+    }
+
+    /// Writes bytes where nothing has been touched yet.
+    ///
+    /// Through the file where there is one: that takes no lock of the address space, so a thread of
+    /// ours that is just starting, which maps its signal stack, does not wait for it.
+    pub(crate) fn fill(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if let Some(file) = &self.file {
+            return file.write_all_at(bytes, offset);
+        }
+        self.populate(offset, bytes.len() as u64);
+        self.write_bytes(offset, bytes)
     }
 
     pub(crate) fn len(&self) -> u64 {
@@ -261,7 +273,6 @@ fn memfd(name: &str, len: u64, seals: libc::c_int) -> io::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::FileExt;
 
     #[test]
     fn pages_that_another_process_has_touched_are_resident() {
@@ -273,10 +284,14 @@ mod tests {
             file.write_all_at(b"x", page * PAGE_SIZE).unwrap();
         }
         assert_eq!(region.usage().resident, 10 * PAGE_SIZE);
+        let mut seen = [0; 2];
+        region.fill(PAGE_SIZE * 20 - 1, b"ab").unwrap();
+        region.read_bytes(PAGE_SIZE * 20 - 1, &mut seen).unwrap();
+        assert_eq!((seen, region.usage().resident), (*b"ab", 12 * PAGE_SIZE));
+        assert!(region.fill(region.len() - 1, b"ab").is_err());
         let anonymous = Region::new(4 << 20, Backing::Anonymous).unwrap();
-        anonymous
-            .write_bytes(0, &[1; 3 * PAGE_SIZE as usize])
-            .unwrap();
+        anonymous.fill(0, &[1; 3 * PAGE_SIZE as usize]).unwrap();
         assert_eq!(anonymous.usage().resident, 3 * PAGE_SIZE);
+        assert!(anonymous.fill(anonymous.len() - 1, b"ab").is_err());
     }
 }

@@ -21,8 +21,7 @@ pub(super) fn load(image: &Image, memory: &GuestMemory) -> io::Result<()> {
         let (ram, offset) = memory
             .private(segment.gpa, segment.len)
             .ok_or_else(missing)?;
-        ram.populate(offset, segment.len);
-        ram.write_bytes(offset + segment.lead, bytes)?;
+        ram.fill(offset + segment.lead, bytes)?;
     }
     Ok(())
 }
