@@ -76,6 +76,12 @@ pub const MAX_NBD_REQUEST: u32 = 32 << 20;
 pub const MAX_NBD_OPTION: u32 = 4096;
 /// Seconds that an NBD server may take for the handshake.
 pub const NBD_HANDSHAKE_SECS: u64 = 10;
+/// Seconds that requests wait for an NBD server to come back, unless the command line says how many.
+pub const NBD_RETRY_SECS: u64 = 60;
+/// Milliseconds between two attempts to reach it.
+pub const NBD_REDIAL_MILLIS: u64 = 200;
+/// Seconds that they wait for it while their queue is to stop.
+pub const NBD_STOP_SECS: u64 = 2;
 /// Seconds that an NBD server may be silent while it owes a reply, before it is given up.
 pub const NBD_SILENCE_SECS: u64 = 30;
 /// Milliseconds to wait for an image that another process has locked: one that was just killed

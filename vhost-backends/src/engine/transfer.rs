@@ -25,7 +25,7 @@ pub(super) enum Direction {
 /// whoever uses them keeps mapped.
 ///
 /// [`prepare`]: Transfer::prepare
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Transfer {
     iovecs: Vec<libc::iovec>,
     /// The iovecs before this one are done.

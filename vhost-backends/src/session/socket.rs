@@ -93,6 +93,8 @@ impl<'s> Channel<'s> {
         let waits = [self.stop, pause, self.stream.as_fd()];
         match wait(waits.map(|fd| (fd, Interest::Read)), left)? {
             [true, ..] => return Err(ChannelEnd::Stopped),
+            // Without a point this is the stop event once more, set since the first look at it.
+            [_, true, _] if self.point.is_none() => return Err(ChannelEnd::Stopped),
             [_, true, _] => return Err(ChannelEnd::Paused),
             [.., false] => return Err(ChannelEnd::Half),
             [.., true] => {}

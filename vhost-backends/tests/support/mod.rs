@@ -3,6 +3,7 @@
 // UNSAFETY: the frontend takes raw buffers.
 
 pub(crate) mod daemon;
+pub(crate) mod load;
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

@@ -1,14 +1,17 @@
 //! Which disk is served.
 
 use super::lock::{ImageLock, Use};
+use crate::daemon::connector::Connector;
 use crate::engine::{
     BlockingStore, FileOptions, MemoryStore, NbdAddress, NbdStore, NullStore, Qcow2Disk, RawFile,
     Store, create_overlay,
 };
+use crate::limits::NBD_RETRY_SECS;
 use clap::{Args, ValueEnum};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Where the disk's bytes are.
 #[derive(Args, Clone, Debug)]
@@ -43,6 +46,9 @@ pub(super) struct UseArgs {
     /// Past the host's page cache (O_DIRECT).
     #[arg(long)]
     pub(super) direct: bool,
+    /// Seconds that requests wait for an NBD server that is gone; then they are I/O errors.
+    #[arg(long, value_name = "SECONDS", default_value_t = NBD_RETRY_SECS)]
+    nbd_retry: u64,
     /// Do not ask whether another program uses the image, nor tell any that this one does.
     #[arg(long)]
     no_lock: bool,
@@ -131,6 +137,7 @@ impl DiskArgs {
                     format!("cannot use the NBD server at {shown}: {}", chained(&error))
                 })?;
             let several = store.max_queues().is_none();
+            let store = how.redialling(store, address)?;
             let identity = if several {
                 Ok(format!("nbd {address:?}"))
             } else {
@@ -157,6 +164,17 @@ impl DiskArgs {
 }
 
 impl UseArgs {
+    /// From inside the sandbox, only another process can connect once more.
+    fn redialling(&self, store: NbdStore, address: &NbdAddress) -> Result<NbdStore, String> {
+        if self.nbd_retry == 0 {
+            return Ok(store);
+        }
+        let connector = Connector::start(&address.socket)
+            .map_err(|error| format!("cannot start a process: {error}"))?;
+        let patience = Duration::from_secs(self.nbd_retry);
+        Ok(store.redialling(move || connector.connect(), patience))
+    }
+
     /// Locks an image, and the files under it if it is one of qcow2.
     fn lock(&self, path: &Path, how: Use, qcow2: bool) -> Result<Vec<ImageLock>, String> {
         if self.no_lock {

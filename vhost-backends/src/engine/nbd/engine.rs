@@ -1,10 +1,12 @@
-//! Requests and simple replies on one connection (the NBD protocol, "Transmission").
+//! Requests and simple replies on one connection at a time (the NBD protocol, "Transmission").
 
 use super::NbdStore;
+use super::redial::try_once;
 use crate::engine::sleep::Sleeper;
 use crate::engine::transfer::{Direction, Transfer, chain_error};
 use crate::engine::{Engine, Finished, Operation, Token, Wake, WakeSources};
-use crate::limits::{MAX_IN_FLIGHT, NBD_SILENCE_SECS};
+use crate::limits::{MAX_IN_FLIGHT, NBD_REDIAL_MILLIS, NBD_SILENCE_SECS, NBD_STOP_SECS};
+use crate::session::quota::PEER_LINES;
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
@@ -35,8 +37,12 @@ struct Slot {
     flags: u16,
     /// Of commands without data.
     range: (u64, u32),
+    /// When it was begun, among the others.
+    number: u64,
     /// What is left of a read or write.
     transfer: Transfer,
+    /// All of it, where it may have to be done again.
+    whole: Transfer,
     /// Bytes of it that are under way.
     piece: u64,
     /// The request is out in full, so that a reply may come.
@@ -66,8 +72,15 @@ struct Sending {
 pub(super) struct NbdEngine {
     store: Arc<NbdStore>,
     memory: Arc<GuestMemoryMmap>,
-    /// `None` once it broke.
+    /// `None` while there is none.
     stream: Option<UnixStream>,
+    /// Since when nothing was heard of the server, whatever connections there were.
+    lost: Option<Instant>,
+    /// When to dial again.
+    next_try: Instant,
+    /// Since when the queue is to stop.
+    stopping: Option<Instant>,
+    begun: u64,
     sleeper: Sleeper,
     slots: Vec<Slot>,
     queued: VecDeque<Token>,
@@ -86,13 +99,16 @@ impl NbdEngine {
         memory: Arc<GuestMemoryMmap>,
         wake: WakeSources<'_>,
     ) -> io::Result<NbdEngine> {
-        // Without one, every request fails: the driver is told so request by request.
         let stream = store.take();
         let sleeper = Sleeper::new(wake)?;
         if let Some(stream) = &stream {
             sleeper.watch(stream.as_fd(), EventSet::IN)?;
         }
         Ok(NbdEngine {
+            lost: stream.is_none().then(Instant::now),
+            next_try: Instant::now(),
+            stopping: None,
+            begun: 0,
             store,
             memory,
             stream,
@@ -111,7 +127,7 @@ impl NbdEngine {
     }
 
     fn start_inner(&mut self, token: Token, operation: Operation<'_>) -> io::Result<bool> {
-        if self.stream.is_none() {
+        if self.stream.is_none() && !self.come_back()? && !self.may_wait() {
             return Err(io::ErrorKind::NotConnected.into());
         }
         let export = self.store.export;
@@ -158,6 +174,11 @@ impl NbdEngine {
                 }
             }
         };
+        if self.store.redial.is_some() {
+            slot.whole = slot.transfer.clone();
+        }
+        self.begun += 1;
+        slot.number = self.begun;
         slot.busy = true;
         if self.in_flight == 0 {
             // It was not silent: nothing was asked.
@@ -211,7 +232,7 @@ impl NbdEngine {
 
     /// Sends as much as the socket takes.
     fn send(&mut self) -> io::Result<()> {
-        loop {
+        while self.stream.is_some() {
             let sent_all = self.sending.done >= self.sending.heads.len();
             if sent_all && self.sending.data.is_none() {
                 for token in self.sending.tokens.drain(..) {
@@ -257,6 +278,36 @@ impl NbdEngine {
                 Err(error) => return Err(error),
             }
         }
+        Ok(())
+    }
+
+    /// Takes a new connection if there is one, and sees to it that there will be one. Whether there
+    /// is.
+    fn come_back(&mut self) -> io::Result<bool> {
+        if self.stream.is_some() {
+            return Ok(true);
+        }
+        if let Some(stream) = self.store.take() {
+            self.sleeper.watch(stream.as_fd(), EventSet::IN)?;
+            self.stream = Some(stream);
+            self.last_heard = Instant::now();
+            return Ok(true);
+        }
+        let now = Instant::now();
+        if now >= self.next_try {
+            self.next_try = now + Duration::from_millis(NBD_REDIAL_MILLIS);
+            try_once(&self.store);
+        }
+        Ok(false)
+    }
+
+    /// Whether a request may wait for a connection.
+    fn may_wait(&self) -> bool {
+        let (Some(redial), Some(lost)) = (&self.store.redial, self.lost) else {
+            return false;
+        };
+        let stopping = (self.stopping).is_some_and(|at| at.elapsed().as_secs() >= NBD_STOP_SECS);
+        !stopping && lost.elapsed() < redial.patience
     }
 
     fn want_out(&mut self, wanted: bool) -> io::Result<()> {
@@ -311,6 +362,7 @@ impl NbdEngine {
     /// A reply is there. An error of the protocol is the end of the connection.
     fn reply(&mut self, bytes: [u8; REPLY_LEN], finished: &mut Vec<Finished>) -> io::Result<()> {
         self.receiving = NOTHING_YET;
+        self.found_again();
         let [m0, m1, m2, m3, e0, e1, e2, e3, cookie @ ..] = bytes;
         let broken = |what| io::Error::new(io::ErrorKind::InvalidData, what);
         if u32::from_be_bytes([m0, m1, m2, m3]) != REPLY_MAGIC {
@@ -343,6 +395,14 @@ impl NbdEngine {
         Ok(())
     }
 
+    fn found_again(&mut self) {
+        if let Some(lost) = self.lost.take()
+            && PEER_LINES.may_say()
+        {
+            tracing::warn!(after = ?lost.elapsed(), "the NBD server answers again");
+        }
+    }
+
     /// Data of a read has come, perhaps the last.
     fn data(&mut self, token: Token, finished: &mut Vec<Finished>) {
         let Some(slot) = self.slots.get_mut(usize::from(token)) else {
@@ -369,6 +429,14 @@ impl NbdEngine {
 
     /// Sends and receives what is possible. A connection that breaks fails what is in flight.
     fn work(&mut self, finished: &mut Vec<Finished>) {
+        if self.stream.is_none() && self.in_flight > 0 {
+            match self.come_back() {
+                Ok(true) => {}
+                Ok(false) if self.may_wait() => return,
+                Ok(false) => self.fail_all(&io::ErrorKind::NotConnected.into()),
+                Err(error) => self.fail_all(&error),
+            }
+        }
         let mut outcome = self.send().and_then(|()| self.receive(finished));
         if outcome.is_ok() && !self.queued.is_empty() {
             // Later pieces of what was received.
@@ -384,11 +452,37 @@ impl NbdEngine {
         finished.append(&mut self.failed);
     }
 
+    /// The connection is of no use any more. What was in flight on it waits for another, or fails.
     fn break_off(&mut self, why: &io::Error) {
         if let Some(stream) = self.stream.take() {
-            tracing::warn!(%why, "the connection to the NBD server broke");
+            if PEER_LINES.may_say() {
+                tracing::warn!(%why, "the connection to the NBD server broke");
+            }
             self.sleeper.forget(stream.as_fd());
+            self.lost.get_or_insert_with(Instant::now);
         }
+        (self.sending, self.receiving) = (Sending::default(), NOTHING_YET);
+        self.wants_out = false;
+        if self.may_wait() {
+            self.begin_again();
+        } else {
+            self.fail_all(why);
+        }
+    }
+
+    /// Everything in flight from its start, in the order in which it was begun.
+    fn begin_again(&mut self) {
+        let mut order = Vec::with_capacity(self.in_flight);
+        for (token, slot) in (0..).zip(&mut self.slots).filter(|(_, slot)| slot.busy) {
+            slot.transfer = slot.whole.clone();
+            slot.sent = false;
+            order.push((slot.number, token));
+        }
+        order.sort_unstable();
+        self.queued = order.into_iter().map(|(_, token)| token).collect();
+    }
+
+    fn fail_all(&mut self, why: &io::Error) {
         self.queued.clear();
         let mut failed = std::mem::take(&mut self.failed);
         // MAX_IN_FLIGHT fits a token.
@@ -398,6 +492,39 @@ impl NbdEngine {
             }
         }
         self.failed = failed;
+    }
+
+    /// A server that hangs up, or speaks, while nothing is asked of it.
+    fn look_at_idle(&mut self) {
+        let Some(stream) = &mut self.stream else {
+            return;
+        };
+        match stream.read(&mut [0]) {
+            Ok(0) => self.break_off(&io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => self.break_off(&io::ErrorKind::InvalidData.into()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => self.break_off(&error),
+        }
+    }
+
+    /// Remembers since when the queue is to stop.
+    fn heed(&mut self, wake: Wake) -> Wake {
+        if wake.stop {
+            self.stopping.get_or_insert_with(Instant::now);
+        }
+        wake
+    }
+
+    /// How long to sleep at most; for ever if nothing is to be looked after.
+    fn longest_sleep(&self) -> Option<Duration> {
+        match (self.in_flight, &self.stream) {
+            (0, _) => None,
+            // Wakes by itself to see how long the server has been silent.
+            (_, Some(_)) => Some(Duration::from_secs(1)),
+            // Or whether it is back.
+            (_, None) => Some(Duration::from_millis(NBD_REDIAL_MILLIS / 4)),
+        }
     }
 }
 
@@ -419,32 +546,37 @@ impl Engine for NbdEngine {
 
     fn reap(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake> {
         self.work(finished);
-        self.sleeper.glance()
+        let wake = self.sleeper.glance()?;
+        Ok(self.heed(wake))
     }
 
     fn wait(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake> {
         self.work(finished);
         if !finished.is_empty() {
-            return self.sleeper.look();
+            let wake = self.sleeper.look()?;
+            return Ok(self.heed(wake));
         }
-        let wake = if self.in_flight > 0 {
-            // Wakes by itself to see how long the server has been silent.
-            self.sleeper.sleep_for(Duration::from_secs(1))?
-        } else {
-            self.sleeper.sleep()?
+        let wake = match self.longest_sleep() {
+            Some(limit) => self.sleeper.sleep_for(limit)?,
+            None => self.sleeper.sleep()?,
         };
+        if self.in_flight == 0 {
+            self.look_at_idle();
+        }
         self.work(finished);
-        Ok(wake)
+        Ok(self.heed(wake))
     }
 
     fn wait_for(&mut self, finished: &mut Vec<Finished>, limit: Duration) -> io::Result<Wake> {
         self.work(finished);
         if !finished.is_empty() {
-            return self.sleeper.look();
+            let wake = self.sleeper.look()?;
+            return Ok(self.heed(wake));
         }
+        let limit = self.longest_sleep().map_or(limit, |most| most.min(limit));
         let wake = self.sleeper.sleep_for(limit)?;
         self.work(finished);
-        Ok(wake)
+        Ok(self.heed(wake))
     }
 
     fn has_finished(&mut self) -> bool {

@@ -1,28 +1,30 @@
 //! A disk that an NBD server has: a file elsewhere, or anything that nbdkit can serve.
 //!
 //! Connections are made, and handshakes done, when the store is opened, one for each queue, so that a
-//! daemon may give up the right to make sockets afterwards. A connection that breaks takes what
-//! was in flight on it with it: those requests fail, and so do later ones of that queue.
+//! daemon may give up the right to make sockets afterwards. Where it is told how to dial again, a
+//! connection that breaks is replaced: what was in flight is sent once more, in its order, and
+//! waits for that as long as it may. Otherwise, and after that time, requests fail.
 //!
 //! | file | does |
 //! |---|---|
 //! | `handshake` | fixed newstyle negotiation, up to transmission |
+//! | `redial` | a new connection for one that broke |
 //! | `engine` | requests and simple replies, straight from and to guest memory |
 
 mod engine;
 mod handshake;
+mod redial;
 
 use super::{Engine, Geometry, Store, WakeSources};
 use engine::NbdEngine;
-use handshake::{Export, negotiate};
+use handshake::Export;
+use redial::{Redial, greet};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
-
-use crate::limits::NBD_HANDSHAKE_SECS;
 
 /// Where an export is: `unix:PATH` or `unix:PATH:EXPORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +78,9 @@ pub enum NbdError {
 #[derive(Debug)]
 pub struct NbdStore {
     export: Export,
+    /// Its name.
+    name: String,
+    redial: Option<Redial>,
     read_only: bool,
     /// Connections that no queue uses now.
     idle: Mutex<Vec<UnixStream>>,
@@ -101,14 +106,30 @@ impl NbdStore {
             idle.push(stream);
         }
         Ok(NbdStore {
+            name: address.export,
+            redial: None,
             read_only: read_only || export.read_only,
             export,
             idle: Mutex::new(idle),
         })
     }
 
-    /// A connection that nothing uses. There is no new one for one that broke: the process may
-    /// not be allowed to make sockets any more.
+    /// Replaces connections that break: `dial` connects to the server once more, from whatever
+    /// thread and without a limit of its own on how often. Requests wait for that up to `patience`
+    /// after the connection broke.
+    ///
+    /// They are sent again to a server that may have carried them out already. One that is not
+    /// dead but slow must not carry out what came over a connection that it has lost.
+    pub fn redialling(
+        mut self,
+        dial: impl Fn() -> io::Result<UnixStream> + Send + Sync + 'static,
+        patience: Duration,
+    ) -> NbdStore {
+        self.redial = Some(Redial::new(Box::new(dial), patience));
+        self
+    }
+
+    /// A connection that nothing uses.
     fn take(&self) -> Option<UnixStream> {
         self.idle().pop()
     }
@@ -124,13 +145,7 @@ impl NbdStore {
 }
 
 fn connect(address: &NbdAddress) -> Result<(UnixStream, Export), NbdError> {
-    let stream = UnixStream::connect(&address.socket)?;
-    let limit = Some(Duration::from_secs(NBD_HANDSHAKE_SECS));
-    stream.set_read_timeout(limit)?;
-    stream.set_write_timeout(limit)?;
-    let export = negotiate(&stream, &address.export)?;
-    stream.set_nonblocking(true)?;
-    Ok((stream, export))
+    greet(UnixStream::connect(&address.socket)?, &address.export)
 }
 
 impl Store for NbdStore {

@@ -1,0 +1,318 @@
+//! NBD servers that go away: requests wait, are sent again in their order, and fail after their time.
+
+mod support;
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use support::daemon::{Daemon, program, stats};
+use support::load::Verified;
+use support::{FEATURES, Frontend, TIMEOUT, pattern, serve_store};
+use vhost_backends::engine::NbdStore;
+
+const MIB: usize = 1 << 20;
+
+/// nbdkit on a file, ended with the test.
+struct Server(Child);
+
+impl Server {
+    /// `None`, and said so, where it is not installed.
+    fn start(socket: &Path, image: &Path) -> Option<Server> {
+        let _ = std::fs::remove_file(socket);
+        let mut command = Command::new("nbdkit");
+        command
+            .args(["-f", "-U"])
+            .arg(socket)
+            .arg("file")
+            .arg(image);
+        let quiet = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let Ok(child) = quiet.spawn() else {
+            println!("SKIPPED: no nbdkit to lose and find again");
+            return None;
+        };
+        let mut server = Server(child);
+        let deadline = Instant::now() + TIMEOUT;
+        // nbdkit does not always survive a client that is gone before it was greeted.
+        let greeted = |mut stream: UnixStream| stream.read_exact(&mut [0; 18]);
+        while UnixStream::connect(socket).and_then(greeted).is_err() {
+            let ended = server.0.try_wait().unwrap();
+            assert!(ended.is_none(), "nbdkit ended: {ended:?}");
+            assert!(Instant::now() < deadline, "nbdkit does not listen");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Some(server)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `pv-blkd`, in its sandbox, on the server at `nbd`.
+fn daemon(folder: &Path, nbd: &Path, more: &[&str]) -> Daemon {
+    let mut command = program();
+    command.arg("--nbd").arg(format!("unix:{}", nbd.display()));
+    command.arg("--socket-path").arg(folder.join("blk.sock"));
+    command.arg("--stats-socket").arg(folder.join("stats"));
+    Daemon::start(command.args(more))
+}
+
+#[test]
+fn a_server_that_comes_back_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
+    std::fs::write(&image, vec![0; 16 * MIB]).unwrap();
+    let Some(mut server) = Server::start(&nbd, &image) else {
+        return;
+    };
+    let daemon = daemon(folder.path(), &nbd, &["--num-queues", "2"]);
+    let socket = folder.path().join("blk.sock");
+    let mut front = Frontend::connect(&socket, FEATURES, 2, 64, MIB);
+    let mut load = Verified::new();
+    load.round(&mut front);
+    let fds = daemon.fds();
+    let done = AtomicBool::new(false);
+    let (over, ended) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let (done, server, nbd, image) = (&done, &mut server, &nbd, &image);
+        scope.spawn(move || {
+            for round in 0..6 {
+                std::thread::sleep(Duration::from_millis(100));
+                server.0.kill().unwrap();
+                server.0.wait().unwrap();
+                std::thread::sleep(Duration::from_millis(50 * round));
+                *server = Server::start(nbd, image).unwrap();
+            }
+            done.store(true, Ordering::SeqCst);
+            // nbdkit ends with the thread that started it.
+            let _ = ended.recv_timeout(TIMEOUT);
+        });
+        while !done.load(Ordering::SeqCst) {
+            load.round(&mut front);
+        }
+        load.round(&mut front);
+        drop(over);
+    });
+    let errors = stats(&folder.path().join("stats"))["disks"][0]["errors"].clone();
+    for (class, count) in errors.as_object().unwrap() {
+        assert_eq!(*count, 0, "{class}");
+    }
+    println!(
+        "{} writes and {} reads verified over 6 losses",
+        load.written, load.read
+    );
+    // Lost while nothing is asked of it: that costs nothing, and is made good with the next.
+    drop(server);
+    std::thread::sleep(Duration::from_millis(100));
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.0.id())).unwrap();
+        let rest = stat.rsplit_once(')').unwrap().1;
+        let fields = rest.split_whitespace().skip(11).take(2);
+        fields
+            .map(|field| field.parse::<u64>().unwrap())
+            .sum::<u64>()
+    };
+    let before = ticks();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(ticks() - before <= 2, "it spins");
+    let server = Server::start(&nbd, &image).unwrap();
+    load.round(&mut front);
+    let deadline = Instant::now() + TIMEOUT;
+    while daemon.fds() != fds {
+        assert!(
+            Instant::now() < deadline,
+            "{} descriptors, {fds} before",
+            daemon.fds()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(front);
+    let (code, said) = daemon.end();
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("answers again"), "{said}");
+    drop(server);
+}
+
+#[test]
+fn after_its_time_a_request_fails_and_later_ones_do_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
+    std::fs::write(&image, vec![0; MIB]).unwrap();
+    for patience in ["1", "0"] {
+        let Some(server) = Server::start(&nbd, &image) else {
+            return;
+        };
+        let daemon = daemon(folder.path(), &nbd, &["--nbd-retry", patience]);
+        let mut front = Frontend::connect(&folder.path().join("blk.sock"), FEATURES, 1, 64, MIB);
+        assert_eq!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
+        drop(server);
+        let start = Instant::now();
+        assert_ne!(front.read_sync(0, 0, 4096).0, 0);
+        let took = start.elapsed();
+        assert_eq!(
+            took >= Duration::from_millis(900),
+            patience == "1",
+            "{took:?}"
+        );
+        assert_ne!(front.read_sync(0, 0, 4096).0, 0);
+        if patience == "1" {
+            let _server = Server::start(&nbd, &image).unwrap();
+            let deadline = Instant::now() + TIMEOUT;
+            while front.read_sync(0, 0, 4096) != (0, pattern(1, 4096)) {
+                assert!(Instant::now() < deadline, "it does not come back");
+            }
+        }
+        drop(front);
+        assert_eq!(daemon.end().0, Some(0));
+    }
+}
+
+#[test]
+fn a_lost_server_keeps_no_stop_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
+    std::fs::write(&image, vec![0; MIB]).unwrap();
+    let Some(server) = Server::start(&nbd, &image) else {
+        return;
+    };
+    let daemon = daemon(folder.path(), &nbd, &[]);
+    let mut front = Frontend::connect(&folder.path().join("blk.sock"), FEATURES, 1, 64, MIB);
+    assert_eq!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
+    drop(server);
+    front.read(0, 0, 0, 4096, 3);
+    front.kick(0);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(front.queues[0].completions().next().is_none(), "it waits");
+    // The harness's own limit is what this must keep to.
+    assert_eq!(daemon.end().0, Some(0));
+    assert_ne!(front.complete(0), (3, 0));
+}
+
+/// A server that takes requests, answers some, and hangs up.
+struct Fickle {
+    /// What each connection was sent.
+    heard: Arc<Mutex<Vec<Heard>>>,
+}
+
+/// Commands and offsets.
+type Heard = Vec<(u16, u64)>;
+
+impl Fickle {
+    /// Answers as many requests of the first connection, and all of the second.
+    fn serve(listener: UnixListener, requests: usize, answered: usize) -> Fickle {
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&heard);
+        std::thread::spawn(move || {
+            for (round, stream) in listener.incoming().enumerate() {
+                let mut stream = stream.unwrap();
+                if greet(&mut stream).is_err() {
+                    return;
+                }
+                log.lock().unwrap().push(Vec::new());
+                let mut taken = 0;
+                while let Ok(request) = take(&mut stream) {
+                    taken += 1;
+                    let (command, cookie, offset, len) = request;
+                    log.lock().unwrap()[round].push((command, offset));
+                    if round > 0 || taken <= answered {
+                        let mut reply = 0x6744_6698u32.to_be_bytes().to_vec();
+                        reply.extend([0; 4]);
+                        reply.extend(cookie.to_be_bytes());
+                        if command == 0 {
+                            reply.extend(vec![7; len as usize]);
+                        }
+                        stream.write_all(&reply).unwrap();
+                    }
+                    if round == 0 && taken == requests {
+                        break;
+                    }
+                }
+            }
+        });
+        Fickle { heard }
+    }
+}
+
+fn greet(stream: &mut UnixStream) -> io::Result<()> {
+    let mut hello = 0x4e42_444d_4147_4943u64.to_be_bytes().to_vec();
+    hello.extend(0x4948_4156_454f_5054u64.to_be_bytes());
+    hello.extend(3u16.to_be_bytes());
+    stream.write_all(&hello)?;
+    let mut head = [0; 4 + 16];
+    stream.read_exact(&mut head)?;
+    let len = u32::from_be_bytes(head[16..].try_into().unwrap());
+    stream.read_exact(&mut vec![0; len as usize])?;
+    let reply = |kind: u32, data: &[u8]| {
+        let mut bytes = 0x0003_e889_0455_65a9u64.to_be_bytes().to_vec();
+        for word in [7, kind, data.len() as u32] {
+            bytes.extend(word.to_be_bytes());
+        }
+        bytes.extend(data);
+        bytes
+    };
+    let mut export = 0u16.to_be_bytes().to_vec();
+    export.extend((MIB as u64).to_be_bytes());
+    // Flags are there, flush, trim, and several connections.
+    export.extend((1u16 | 1 << 2 | 1 << 5 | 1 << 8).to_be_bytes());
+    stream.write_all(&[reply(3, &export), reply(1, &[])].concat())
+}
+
+/// Command, cookie, offset and length; data is read and forgotten.
+fn take(stream: &mut UnixStream) -> io::Result<(u16, u64, u64, u32)> {
+    let mut head = [0; 28];
+    stream.read_exact(&mut head)?;
+    let command = u16::from_be_bytes(head[6..8].try_into().unwrap());
+    let word = |at: usize| u64::from_be_bytes(head[at..at + 8].try_into().unwrap());
+    let len = u32::from_be_bytes(head[24..].try_into().unwrap());
+    if command == 1 {
+        stream.read_exact(&mut vec![0; len as usize])?;
+    }
+    Ok((command, word(8), word(16), len))
+}
+
+#[test]
+fn what_was_not_answered_is_sent_again_in_its_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("nbd");
+    let fickle = Fickle::serve(UnixListener::bind(&path).unwrap(), 6, 2);
+    let address = format!("unix:{}", path.display()).parse().unwrap();
+    let store = NbdStore::connect(address, 1, false).unwrap();
+    let dialled = path.clone();
+    let store = store.redialling(move || UnixStream::connect(&dialled), TIMEOUT);
+    let (socket, server, device) = serve_store(folder.path(), Arc::new(store), 1);
+    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+    for slot in [0, 1, 2] {
+        front.write(0, 8192 * slot as u64, 4096 * slot, 4096, slot);
+    }
+    front.queues[0].flush(3).unwrap();
+    front.read(0, 65536, 4096 * 4, 4096, 4);
+    front.queues[0].discard(131_072, 4096, 5).unwrap();
+    front.kick(0);
+    let mut done: Vec<(usize, i32)> = (0..6).map(|_| front.complete(0)).collect();
+    done.sort_unstable();
+    assert_eq!(done, (0..6).map(|slot| (slot, 0)).collect::<Vec<_>>());
+    assert_eq!(front.bytes(4096 * 4, 4096), vec![7; 4096]);
+    let heard = fickle.heard.lock().unwrap().clone();
+    let all = [
+        (1, 0),
+        (1, 8192),
+        (1, 16384),
+        (3, 0),
+        (0, 65536),
+        (4, 131_072),
+    ];
+    assert_eq!(heard, [all.to_vec(), all[2..].to_vec()]);
+    drop(front);
+    server.stop().unwrap();
+    assert_eq!(device.stats().host_errors, 0);
+}
