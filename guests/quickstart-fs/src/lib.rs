@@ -9,6 +9,7 @@
 //! | [`disk`] | the disk as it is needed here: reads in flight, writes, flush |
 //! | [`cache`] | chunks of the disk in memory, with read-ahead |
 //! | [`walk`] | the FAT volume: every file is hashed, then the manifest is written |
+//! | [`files`] | the same volume, for reading files by their paths |
 //! | [`manifest`] | the manifest's form, and the guest's report to the host |
 //! | [`limits`] | every bound, with its reason |
 #![no_std]
@@ -18,6 +19,7 @@ extern crate alloc;
 
 pub mod cache;
 pub mod disk;
+pub mod files;
 pub mod limits;
 pub mod manifest;
 pub mod walk;

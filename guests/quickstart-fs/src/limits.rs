@@ -17,3 +17,7 @@ pub const MAX_DEPTH: usize = 130;
 pub const LONG_NAME: usize = 20 * 13 * 3;
 /// Sectors before the partition, the customary 1 MiB.
 pub const PARTITION_START: u64 = 2048;
+/// Files open at once: the manifest and one that is hashed, or those that are being served.
+pub const OPEN_FILES: usize = 64;
+/// Files and folders that an index holds, all of them in memory.
+pub const MAX_INDEXED: usize = 100_000;

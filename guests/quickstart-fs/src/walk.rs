@@ -2,7 +2,7 @@
 
 use crate::cache::{Cache, CacheError};
 use crate::disk::Disk;
-use crate::limits::{HASH_BUFFER, LONG_NAME, MAX_DEPTH, SECTOR};
+use crate::limits::{HASH_BUFFER, LONG_NAME, MAX_DEPTH, OPEN_FILES, SECTOR};
 use crate::manifest;
 use alloc::string::{String, ToString};
 use alloc::vec;
@@ -11,7 +11,7 @@ use core::cell::RefCell;
 use core::fmt;
 use core::ops::ControlFlow;
 use embedded_sdmmc::{
-    Block, BlockCount, BlockDevice, BlockIdx, LfnBuffer, Mode, RawDirectory, RawFile,
+    Block, BlockCount, BlockDevice, BlockIdx, LfnBuffer, Mode, RawDirectory, RawFile, RawVolume,
     ShortFileName, TimeSource, Timestamp, VolumeIdx, VolumeManager,
 };
 use sha2::{Digest, Sha256};
@@ -67,12 +67,7 @@ pub fn hash_volume<D: Disk>(
     now_ns: impl Fn() -> u64,
     wall: Timestamp,
 ) -> Result<(Summary, D), WalkError<D::Error>> {
-    let device = Sectors(RefCell::new(Cache::new(disk)));
-    let manager = Manager::new_with_limits(device, Wall(wall), 0);
-    let volume = manager
-        .open_raw_volume(VolumeIdx(0))
-        .map_err(WalkError::Volume)?;
-    let root = manager.open_root_dir(volume).map_err(WalkError::Volume)?;
+    let (manager, volume, root) = mount(disk, wall)?;
     let mode = Mode::ReadWriteCreateOrTruncate;
     let manifest = manager.open_file_in_dir(root, manifest::NAME, mode);
     let manifest = manifest.map_err(WalkError::Volume)?;
@@ -95,6 +90,20 @@ pub fn hash_volume<D: Disk>(
     let mut cache = device.0.into_inner();
     cache.flush().map_err(WalkError::Flush)?;
     Ok((summary, cache.into_disk()))
+}
+
+/// Mounts the first partition; the volume and its root folder are open then.
+pub(crate) fn mount<D: Disk>(
+    disk: D,
+    wall: Timestamp,
+) -> Result<(Manager<D>, RawVolume, RawDirectory), WalkError<D::Error>> {
+    let device = Sectors(RefCell::new(Cache::new(disk)));
+    let manager = Manager::new_with_limits(device, Wall(wall), 0);
+    let volume = manager
+        .open_raw_volume(VolumeIdx(0))
+        .map_err(WalkError::Volume)?;
+    let root = manager.open_root_dir(volume).map_err(WalkError::Volume)?;
+    Ok((manager, volume, root))
 }
 
 /// Seconds since the Unix epoch as FAT writes them down: from 1980 to 2107.
@@ -123,11 +132,9 @@ pub fn timestamp(seconds: u64) -> Timestamp {
     }
 }
 
-/// The manifest, and the file that is being hashed.
-const OPEN_FILES: usize = 2;
-
-type Manager<D> = VolumeManager<Sectors<D>, Wall, { MAX_DEPTH + 1 }, OPEN_FILES, 1>;
-type VolumeResult<T, D> = Result<T, embedded_sdmmc::Error<CacheError<<D as Disk>::Error>>>;
+pub(crate) type Manager<D> = VolumeManager<Sectors<D>, Wall, { MAX_DEPTH + 1 }, OPEN_FILES, 1>;
+pub(crate) type VolumeResult<T, D> =
+    Result<T, embedded_sdmmc::Error<CacheError<<D as Disk>::Error>>>;
 
 struct Walk<'a, D: Disk> {
     manager: &'a Manager<D>,
@@ -148,9 +155,34 @@ struct Level {
 
 /// What a folder holds: short names, by which things are opened, and names as people wrote them.
 #[derive(Default)]
-struct Listing {
-    files: Vec<(ShortFileName, String)>,
-    folders: Vec<(ShortFileName, String)>,
+pub(crate) struct Listing {
+    pub(crate) files: Vec<(ShortFileName, String)>,
+    pub(crate) folders: Vec<(ShortFileName, String)>,
+}
+
+/// What is in a folder.
+pub(crate) fn list<D: Disk>(
+    manager: &Manager<D>,
+    folder: RawDirectory,
+) -> VolumeResult<Listing, D> {
+    let mut storage = [0; LONG_NAME];
+    let mut long = LfnBuffer::new(&mut storage);
+    let mut listing = Listing::default();
+    manager.iterate_dir_lfn(folder, &mut long, |entry, name| {
+        let attributes = entry.attributes;
+        let is_dot =
+            entry.name == ShortFileName::this_dir() || entry.name == ShortFileName::parent_dir();
+        if !attributes.is_volume() && !is_dot {
+            let name = name.map_or_else(|| entry.name.to_string(), ToString::to_string);
+            let list = match attributes.is_directory() {
+                true => &mut listing.folders,
+                false => &mut listing.files,
+            };
+            list.push((entry.name, name));
+        }
+        ControlFlow::Continue(())
+    })?;
+    Ok(listing)
 }
 
 impl<D: Disk> Walk<'_, D> {
@@ -184,7 +216,7 @@ impl<D: Disk> Walk<'_, D> {
 
     /// Hashes the files of a folder; what is left to do is its folders.
     fn enter(&mut self, folder: RawDirectory, path: &str) -> Result<Level, WalkError<D::Error>> {
-        let mut listing = self.list(folder).map_err(WalkError::Volume)?;
+        let mut listing = list(self.manager, folder).map_err(WalkError::Volume)?;
         for (short, name) in &listing.files {
             if path.is_empty() && name.eq_ignore_ascii_case(manifest::NAME) {
                 continue;
@@ -215,28 +247,6 @@ impl<D: Disk> Walk<'_, D> {
         written.map_err(WalkError::Volume)
     }
 
-    fn list(&self, folder: RawDirectory) -> VolumeResult<Listing, D> {
-        let mut storage = [0; LONG_NAME];
-        let mut long = LfnBuffer::new(&mut storage);
-        let mut listing = Listing::default();
-        self.manager
-            .iterate_dir_lfn(folder, &mut long, |entry, name| {
-                let attributes = entry.attributes;
-                let is_dot = entry.name == ShortFileName::this_dir()
-                    || entry.name == ShortFileName::parent_dir();
-                if !attributes.is_volume() && !is_dot {
-                    let name = name.map_or_else(|| entry.name.to_string(), ToString::to_string);
-                    let list = match attributes.is_directory() {
-                        true => &mut listing.folders,
-                        false => &mut listing.files,
-                    };
-                    list.push((entry.name, name));
-                }
-                ControlFlow::Continue(())
-            })?;
-        Ok(listing)
-    }
-
     fn hash(&mut self, file: RawFile) -> Result<[u8; manifest::DIGEST], WalkError<D::Error>> {
         let length = self.manager.file_length(file).map_err(WalkError::Volume)?;
         let mut left = u64::from(length);
@@ -255,7 +265,7 @@ impl<D: Disk> Walk<'_, D> {
     }
 }
 
-struct Wall(Timestamp);
+pub(crate) struct Wall(Timestamp);
 
 impl TimeSource for Wall {
     fn get_timestamp(&self) -> Timestamp {
@@ -264,7 +274,7 @@ impl TimeSource for Wall {
 }
 
 /// The cache, seen as the file system sees a disk.
-struct Sectors<D: Disk>(RefCell<Cache<D>>);
+pub(crate) struct Sectors<D: Disk>(RefCell<Cache<D>>);
 
 impl<D: Disk> BlockDevice for Sectors<D> {
     type Error = CacheError<D::Error>;

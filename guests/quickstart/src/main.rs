@@ -7,9 +7,7 @@
 
 extern crate alloc;
 
-mod driver;
-
-use driver::DriverDisk;
+use driver_disk::DriverDisk;
 use guest_sdk::abi::call::number::EMBEDDER;
 use guest_sdk::block;
 use guest_sdk::flat::{Boot, ExitCode};
@@ -62,7 +60,7 @@ fn run(boot: &Boot) -> Result<(), Failure> {
 /// Why the guest gives up.
 enum Failure {
     Open(guest_sdk::device::OpenError),
-    Walk(WalkError<driver::Error>),
+    Walk(WalkError<driver_disk::Error>),
     Call(CallError),
 }
 

@@ -1,4 +1,8 @@
 //! The block driver as the disk of the file system work.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
 
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
@@ -10,7 +14,7 @@ use quickstart_fs::disk::Disk;
 use quickstart_fs::limits::{CHUNK, SECTOR};
 
 /// A block queue with reads in flight.
-pub(crate) struct DriverDisk {
+pub struct DriverDisk {
     queue: BlockQueue<Flat>,
     /// Requests of the reads that were started, oldest first.
     started: VecDeque<Token>,
@@ -25,13 +29,22 @@ pub(crate) struct DriverDisk {
 
 /// What can go wrong with the disk.
 #[derive(Debug)]
-pub(crate) enum Error {
+pub enum Error {
     /// The device refused or failed a request.
     Device(block::Error),
     /// The arena has no room for the reads in flight.
     Arena(OutOfArena),
     /// The buffer of a read did not come back.
     Lost,
+}
+
+impl fmt::Debug for DriverDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DriverDisk")
+            .field("queue", &self.queue)
+            .field("requests", &self.requests)
+            .finish_non_exhaustive()
+    }
 }
 
 impl fmt::Display for Error {
@@ -53,7 +66,8 @@ impl From<block::Error> for Error {
 }
 
 impl DriverDisk {
-    pub(crate) fn new(queue: BlockQueue<Flat>) -> Self {
+    /// A disk behind this queue.
+    pub fn new(queue: BlockQueue<Flat>) -> Self {
         let most = queue.device().geometry().max_bytes;
         DriverDisk {
             queue,
@@ -66,7 +80,7 @@ impl DriverDisk {
     }
 
     /// Requests made so far.
-    pub(crate) fn requests(&self) -> u64 {
+    pub fn requests(&self) -> u64 {
         self.requests
     }
 

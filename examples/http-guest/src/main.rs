@@ -1,0 +1,48 @@
+//! `http-guest`: see `--help`, and the library beside this for how it is done.
+#![forbid(unsafe_code)]
+
+use clap::Parser;
+use http_guest::{app, cli, vm};
+use quickstart::interrupt;
+use quickstart::report::say;
+use std::ffi::OsStr;
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // Started again under another name, this program is one of the backends.
+    let name = std::env::args_os().next().unwrap_or_default();
+    match Path::new(&name).file_name().and_then(OsStr::to_str) {
+        Some(vm::DISK_BACKEND) => return vhost_backends::pv_blkd_main(std::env::args_os()),
+        Some(vm::NET_BACKEND) => return vhost_backends::pv_netd_main(std::env::args_os()),
+        _ => {}
+    }
+    let args = match cli::Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            // What nobody reads is no reason to fail in another way.
+            let _unread = error.print().and_then(|()| std::io::stdout().flush());
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1));
+        }
+    };
+    if let Err(error) = interrupt::watch() {
+        say(format_args!("http-guest: cannot take over Ctrl-C: {error}"));
+        return ExitCode::FAILURE;
+    }
+    match app::run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => match interrupt::caught() {
+            // Whatever failed did so because of that, or does not matter any more.
+            Some(signal) => {
+                say(format_args!("http-guest: interrupted"));
+                interrupt::end_by(signal);
+                ExitCode::FAILURE
+            }
+            None => {
+                say(format_args!("http-guest: {error:#}"));
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
