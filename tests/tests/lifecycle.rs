@@ -6,10 +6,11 @@ use paravane_tests::{
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 use vmm_core::{
-    Accel, BuildError, ExitReason, FaultClass, Image, ImageError, Violation, VmBuilder, VmError,
+    Accel, BuildError, ExitReason, FaultClass, Image, ImageError, NetConfig, Violation, VmBuilder,
+    VmError,
 };
 
 fn alive(pid: u32) -> bool {
@@ -223,6 +224,31 @@ fn pausing_twice_and_with_an_unanswered_call() {
 }
 
 #[test]
+fn a_console_writer_that_blocks_holds_up_output_only() {
+    for accel in accels().unwrap() {
+        for case in ["console.held", "console.output"] {
+            let (release, held) = mpsc::channel::<()>();
+            let vm = suite_vm(case, accel).unwrap().rng();
+            let vm = vm.console_callback(move |_| {
+                let _ = held.recv();
+            });
+            let vm = vm.build().unwrap().run().unwrap();
+            let started = Instant::now();
+            if case == "console.held" {
+                // It resets the console again and again, and ends.
+                let reason = vm.wait_timeout(patience(30)).expect("in time");
+                assert_eq!(reason.code(), Some(0), "{reason}");
+            } else {
+                assert!(vm.wait_timeout(Duration::from_millis(100)).is_none());
+            }
+            drop(vm);
+            assert!(started.elapsed() < patience(30), "{accel}: {case}");
+            drop(release);
+        }
+    }
+}
+
+#[test]
 fn a_console_writer_that_panics_ends_its_own_vm_only() {
     for accel in accels().unwrap() {
         let vm = suite_vm("console.output", accel).unwrap();
@@ -260,6 +286,11 @@ fn bad_settings_are_refused_with_their_range() {
     assert!(builder().cmdline("x".repeat(2048)).build().is_ok());
     let disk = || paravane_tests::disk("/dev/null".as_ref(), &[]);
     refused(builder().block(disk().queues(0)));
+    let card = || NetConfig::socket("/nowhere");
+    refused(builder().net(card().queue_pairs(0)));
+    refused(builder().net(card().queue_pairs(16)));
+    refused(builder().net(card().mtu(67)));
+    refused(builder().net(card().mac([1; 6])));
     refused(builder().block(disk().queues(33)));
     refused(builder().block(disk().queue_size(3)));
     refused(builder().block(disk().queue_size(2048)));

@@ -356,7 +356,8 @@ fn run(
             let kills = soak.kills.load(Ordering::Relaxed);
             let stats = vm.stats();
             ensure!(kills >= KILLS, "only {kills} kills");
-            ensure!(stats.backend_reconnects >= KILLS, "{stats:?}");
+            // The guest may be done before the last end is noticed.
+            ensure!(stats.backend_reconnects + 1 >= KILLS, "{stats:?}");
             println!(
                 "{accel}::{case}, backends {backend}: {kills} ends, {} {} verified, {} losses, {} reconnects",
                 soak.done.load(Ordering::Relaxed),

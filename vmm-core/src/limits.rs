@@ -51,6 +51,8 @@ pub const MAX_MTU: u16 = u16::MAX;
 pub const MAX_CONSOLE_INPUT: usize = 64 << 10;
 /// Console output that one chain may carry, in bytes.
 pub const MAX_CONSOLE_CHAIN: usize = 64 << 10;
+/// How long the end of a VM waits for a console writer that blocks.
+pub const CONSOLE_DRAIN: Duration = Duration::from_millis(500);
 /// Random bytes that one chain may ask for.
 pub const MAX_RNG_CHAIN: usize = 64 << 10;
 /// Chains that an in-process device serves before it looks at its other queues.

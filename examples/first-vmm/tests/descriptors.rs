@@ -41,7 +41,7 @@ fn budget(accel: Accel, shape: Shape) -> usize {
         + 4
         + 7 * blocks
         + 4 * shape.in_process
-        + usize::from(shape.console);
+        + 2 * usize::from(shape.console);
     common
         + match accel {
             Accel::Kvm => 1 + 2 * vcpus,

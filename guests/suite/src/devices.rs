@@ -25,6 +25,7 @@ pub const CASES: &[Case] = &[
     ("device.table_is_alone", table_is_alone),
     ("console.output", console_output),
     ("console.echo", console_echo),
+    ("console.held", console_held),
     ("rng.fill", rng_fill),
 ];
 
@@ -379,6 +380,24 @@ fn console_echo(boot: &Boot) -> Outcome {
     line.reverse();
     console.write(&line).map_err(text("write"))?;
     console.flush().map_err(text("flush"))
+}
+
+/// The host does not take the output: the chain stays away, and a reset does not wait for it.
+fn console_held(boot: &Boot) -> Outcome {
+    let platform = boot.platform();
+    let console = platform.device_table().find(kind::CONSOLE, None);
+    let console = console.ok_or("no console")?;
+    let (index, event) = (console.index.into(), console.queue_event(1));
+    for round in 0..3 {
+        let mut raw = crate::net::RawCard::of(boot, console)?;
+        raw.activate(boot).map_err(text("activate"))?;
+        raw.send(&[(raw.frame(), 64, 0)]);
+        platform.notify(event);
+        platform.idle(Some(core::time::Duration::from_millis(20)));
+        ensure!(raw.used() == [0, 0], "round {round}: it was written");
+        reset(boot, index).map_err(text("reset"))?;
+    }
+    Ok(())
 }
 
 fn rng_fill(boot: &Boot) -> Outcome {

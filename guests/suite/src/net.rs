@@ -340,7 +340,7 @@ const SIZE: u16 = 16;
 const FRAME: u32 = 12 + 100;
 
 /// A card without a driver: a receive and a transmit queue.
-struct RawCard {
+pub struct RawCard {
     info: DeviceInfo,
     rings: [DmaBuf; 2],
     setups: [RawSetup; 2],
@@ -351,7 +351,11 @@ struct RawCard {
 
 impl RawCard {
     fn new(boot: &Boot) -> Result<RawCard, String> {
-        let info = card(boot)?;
+        RawCard::of(boot, card(boot)?)
+    }
+
+    /// Any device whose first two queues receive and transmit.
+    pub fn of(boot: &Boot, info: DeviceInfo) -> Result<RawCard, String> {
         let arena = boot.platform().arena(info.arena).ok_or("no arena")?;
         let zeroed = || -> Result<DmaBuf, String> {
             let buf = arena.alloc_aligned(4096, 4096).map_err(text("alloc"))?;
@@ -372,7 +376,7 @@ impl RawCard {
         })
     }
 
-    fn activate(&self, boot: &Boot) -> Result<u64, Status> {
+    pub fn activate(&self, boot: &Boot) -> Result<u64, Status> {
         let [mut first, second] = self.setups;
         first.queue_count = 2;
         let mut bytes = first.bytes();
@@ -382,7 +386,7 @@ impl RawCard {
     }
 
     /// A good frame with its header.
-    fn frame(&self) -> u64 {
+    pub fn frame(&self) -> u64 {
         self.data.gpa()
     }
 
@@ -395,7 +399,7 @@ impl RawCard {
         self.offer(0, &[(address, 2000, WRITE)]);
     }
 
-    fn send(&mut self, pieces: &[(u64, u32, u16)]) {
+    pub fn send(&mut self, pieces: &[(u64, u32, u16)]) {
         self.offer(1, pieces);
     }
 
@@ -416,7 +420,7 @@ impl RawCard {
         core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
     }
 
-    fn used(&self) -> [u16; 2] {
+    pub fn used(&self) -> [u16; 2] {
         [0, 1].map(|queue: usize| {
             let (ring, setup) = (&self.rings[queue], &self.setups[queue]);
             let mut index = [0; 2];

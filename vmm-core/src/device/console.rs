@@ -1,13 +1,14 @@
 //! The console (virtio 1.3 §5.3), served in this process: to any writer, from a bounded buffer.
 
 use super::local::{ChainServer, LocalEndpoint, LocalQueues};
+use super::output::{Desk, OutputThread};
 use super::{Backend, DeviceIo, Offer, Setup};
 use crate::limits::{MAX_CONSOLE_CHAIN, MAX_CONSOLE_INPUT};
 use crate::vm::events::signal;
 use pv_abi::status::Status;
 use pv_abi::virtio::feature;
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use vhost_backends::ring::OwnedChain;
 use vm_memory::GuestMemoryMmap;
@@ -16,9 +17,6 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 /// Queue 0 receives, queue 1 transmits (virtio 1.3 §5.3.2).
 pub(crate) const QUEUES: u16 = 2;
 const RECEIVE: usize = 0;
-
-/// Where console output goes.
-pub(crate) type Output = Arc<Mutex<dyn Write + Send>>;
 
 pub(crate) fn offer() -> Offer {
     let features = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC;
@@ -58,12 +56,12 @@ impl Input {
 
 pub(crate) struct Console {
     queues: LocalQueues,
-    output: Output,
+    output: OutputThread,
     input: Arc<Input>,
 }
 
 impl Console {
-    pub(crate) fn new(endpoint: LocalEndpoint, output: Output, input: Arc<Input>) -> Console {
+    pub(crate) fn new(endpoint: LocalEndpoint, output: OutputThread, input: Arc<Input>) -> Console {
         Console {
             queues: LocalQueues::new(endpoint),
             output,
@@ -74,7 +72,7 @@ impl Console {
 
 impl Backend for Console {
     fn activate(&mut self, setup: &Setup, io: &DeviceIo) -> io::Result<()> {
-        let (output, input) = (&self.output, &self.input);
+        let (desk, input) = (self.output.desk()?, &self.input);
         self.queues.activate(setup, io, |index| {
             Ok(if index == RECEIVE {
                 let arrived = input.arrived.try_clone()?;
@@ -83,8 +81,12 @@ impl Backend for Console {
                     arrived,
                 })
             } else {
+                let written = desk.written().try_clone()?;
                 Box::new(Transmit {
-                    output: Arc::clone(output),
+                    desk: Arc::clone(&desk),
+                    written,
+                    bytes: Vec::new(),
+                    given: false,
                 })
             })
         })
@@ -132,20 +134,34 @@ impl ChainServer for Receive {
 }
 
 struct Transmit {
-    output: Output,
+    desk: Arc<Desk>,
+    written: EventFd,
+    /// A chain's bytes that the writer has not been given yet.
+    bytes: Vec<u8>,
+    /// The chain that is kept is with the writer.
+    given: bool,
 }
 
 impl ChainServer for Transmit {
     fn serve(&mut self, chain: &OwnedChain, memory: &GuestMemoryMmap) -> Option<u32> {
-        let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
-        let mut bytes = vec![0; len.min(MAX_CONSOLE_CHAIN)];
-        if chain.read_at(memory, 0, &mut bytes).is_ok() {
-            let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
-            // A writer that fails loses output; the guest is not to blame and goes on.
-            if let Err(error) = output.write_all(&bytes).and_then(|()| output.flush()) {
-                tracing::debug!(%error, "console output lost");
+        if self.given {
+            self.given = !self.desk.is_clear();
+            return (!self.given).then_some(0);
+        }
+        if self.bytes.is_empty() {
+            let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
+            self.bytes.resize(len.min(MAX_CONSOLE_CHAIN), 0);
+            if self.bytes.is_empty() || chain.read_at(memory, 0, &mut self.bytes).is_err() {
+                self.bytes.clear();
+                return Some(0);
             }
         }
-        Some(0)
+        // Busy with what a driver before a reset had said: later.
+        self.given = self.desk.give(&mut self.bytes);
+        None
+    }
+
+    fn extra(&self) -> Option<&EventFd> {
+        Some(&self.written)
     }
 }

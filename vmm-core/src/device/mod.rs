@@ -9,6 +9,7 @@ pub(crate) mod block;
 pub(crate) mod console;
 pub(crate) mod local;
 pub(crate) mod net;
+pub(crate) mod output;
 pub(crate) mod rng;
 mod setup;
 #[cfg(test)]

@@ -13,9 +13,10 @@ use super::wanted::{Wanted, slots};
 use super::{LogLevel, VmEvent};
 use crate::accel::{Accel, AccelError, AccelInput, Reporter};
 use crate::device::block::BlockConfig;
-use crate::device::console::{Console, Input, Output};
+use crate::device::console::{Console, Input};
 use crate::device::local::{LocalEndpoint, LocalThread};
 use crate::device::net::NetConfig;
+use crate::device::output::{Output, OutputThread};
 use crate::device::rng::Rng;
 use crate::device::vhost_user::link::{EventSink, Reports};
 use crate::device::vhost_user::{Link, Remote};
@@ -181,6 +182,10 @@ impl VmBuilder {
     }
 
     /// A console device; its output goes to this writer.
+    ///
+    /// The writer runs on a thread of its own and may block: the guest's next output waits then, and
+    /// nothing else does. A chain is complete once it is written. A VM that ends waits half a second
+    /// for a writer that blocks, and then leaves the thread to it.
     pub fn console(mut self, output: impl Write + Send + 'static) -> VmBuilder {
         self.console = Some(Arc::new(Mutex::new(output)));
         self
@@ -507,7 +512,8 @@ impl VmBuilder {
                 (kind::CONSOLE, Some(output)) => {
                     let bytes = Arc::new(Input::new()?);
                     input = Some(Arc::clone(&bytes));
-                    let console = Console::new(endpoint.clone(), Arc::clone(output), bytes);
+                    let output = OutputThread::new(Arc::clone(output), ends_vm(shared))?;
+                    let console = Console::new(endpoint.clone(), output, bytes);
                     (Box::new(console), console::offer())
                 }
                 _ => (Box::new(Rng::new(endpoint.clone())), rng::offer()),
