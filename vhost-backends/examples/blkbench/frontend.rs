@@ -1,22 +1,32 @@
-//! The load: one queue of the crate `virtio-driver`, the same for every backend.
-#![allow(unsafe_code)]
-// UNSAFETY: the frontend takes raw buffers; poll is a system call.
+//! The load: one queue, the same for every backend.
+//!
+//! The frontend is a thread of this process on a processor of its own. It resubmits what is over
+//! as soon as it sees it, kicks where the backend asks for it, and either looks at the ring all
+//! the time (`busy`, as a guest whose processor does not sleep) or arms the call and sleeps.
 
+use crate::driver::{AVAIL, DESC, Driver, RING_SIZE, USED};
 use std::error::Error;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use virtio_driver::{
-    EventFd, QueueNotifier, VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport,
-    VirtioFeatureFlags,
-};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend as Messages, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::FileOffset;
 use vm_memory::mmap::MmapRegion;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
 
-/// Entries of the ring, and so the most that is in flight.
-pub(crate) const DEPTH_MAX: usize = 128;
+/// The most that is in flight.
+pub(crate) const DEPTH_MAX: usize = RING_SIZE as usize;
 /// No request may take longer.
-const TIMEOUT_MS: i32 = 10_000;
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// Guest-physical address of the memory.
+const BASE: u64 = 1 << 30;
+/// Version 1, event index, indirect descriptors, flush.
+const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 28 | 1 << 9;
+/// Turns between two looks at the clock, which costs as much as a request of the fastest backend.
+const TURNS: u32 = 16;
 
 /// What to send.
 #[derive(Clone, Copy, Debug)]
@@ -51,61 +61,75 @@ impl Outcome {
 
 /// A connection that is ready for load.
 pub(crate) struct Frontend {
-    queue: VirtioBlkQueue<'static, usize>,
-    kick: Box<dyn QueueNotifier>,
-    call: std::sync::Arc<EventFd>,
-    buffers: MmapRegion,
-    blocks_from: u64,
+    driver: Driver,
+    kick: EventFd,
+    call: EventFd,
+    called: Epoll,
+    next_block: u64,
     seed: u64,
-    // Last: the queue's memory is the transport's.
-    _transport: Box<VirtioBlkTransport>,
+    _messages: Messages,
 }
 
 impl Frontend {
+    /// Connects, with memory for so many bytes in flight.
     pub(crate) fn connect(socket: &Path, bytes: usize) -> Result<Frontend, Box<dyn Error>> {
-        let features = VirtioFeatureFlags::VERSION_1.bits()
-            | VirtioFeatureFlags::RING_EVENT_IDX.bits()
-            | VirtioBlkFeatureFlags::FLUSH.bits();
-        let socket = socket.to_str().ok_or("the socket's path is not text")?;
-        let mut transport = Box::new(VhostUser::new(socket, features)?) as Box<VirtioBlkTransport>;
-        let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, 1, DEPTH_MAX as u16)?;
         let file = tempfile::tempfile_in("/dev/shm")?;
-        file.set_len(bytes as u64)?;
-        let fd = file.as_raw_fd();
-        let buffers = MmapRegion::<()>::from_file(FileOffset::new(file, 0), bytes)?;
-        transport.map_mem_region(buffers.as_ptr() as usize, bytes, fd, 0)?;
+        let len = Driver::memory_len(bytes);
+        file.set_len(len as u64)?;
+        let memory = VhostUserMemoryRegionInfo {
+            guest_phys_addr: BASE,
+            memory_size: len as u64,
+            userspace_addr: BASE,
+            mmap_offset: 0,
+            mmap_handle: file.as_raw_fd(),
+        };
+        let (kick, call) = (EventFd::new(0)?, EventFd::new(libc::EFD_NONBLOCK)?);
+        let messages = handshake(socket, memory, &kick, &call)?;
+        let called = Epoll::new()?;
+        let event = EpollEvent::new(EventSet::IN, 0);
+        called.ctl(ControlOperation::Add, call.as_raw_fd(), event)?;
+        let map = MmapRegion::from_file(FileOffset::new(file, 0), len)?;
         Ok(Frontend {
-            kick: transport.get_submission_notifier(0),
-            call: transport.get_completion_fd(0),
-            queue: queues.pop().ok_or("no queue")?,
-            buffers,
-            blocks_from: 0,
+            driver: Driver::new(map, BASE),
+            kick,
+            call,
+            called,
+            next_block: 0,
             seed: 0x9e37_79b9_7f4a_7c15,
-            _transport: transport,
+            _messages: messages,
         })
     }
 
     /// Runs one load on a disk of this many bytes.
     pub(crate) fn run(&mut self, load: Load, disk: u64) -> Result<Outcome, Box<dyn Error>> {
+        let depth = load.depth.clamp(1, DEPTH_MAX);
+        if !self.driver.fits(depth, load.block) {
+            return Err("more in flight than there are buffers".into());
+        }
+        self.driver
+            .prepare(depth, u32::try_from(load.block)?, load.write);
         let mut outcome = Outcome::default();
-        let mut ready: Vec<usize> = (0..load.depth.min(DEPTH_MAX)).collect();
-        let depth = ready.len();
+        let mut ready: Vec<u16> = (0..u16::try_from(depth)?).collect();
         let start = Instant::now();
-        let mut due = start;
+        let (mut due, mut now, mut turn) = (start, start, 0);
         loop {
-            let now = Instant::now();
+            turn += 1;
+            if load.rate.is_some() || turn % TURNS == 0 {
+                now = Instant::now();
+            }
             let over = now - start >= load.time;
             if over && ready.len() == depth {
                 break;
             }
             if !over && (load.rate.is_none() || (ready.len() == depth && now >= due)) {
                 for slot in ready.drain(..) {
-                    self.submit(load, disk, slot)?;
+                    let sector = self.next_sector(load, disk);
+                    self.driver.submit(slot, sector);
                 }
                 due += Duration::from_secs_f64(load.rate.map_or(0.0, |r| depth as f64 / r));
-                if self.queue.avail_notif_needed() {
+                if self.driver.wants_kick() {
                     outcome.kicks += 1;
-                    self.kick.notify()?;
+                    self.kick.write(1)?;
                 }
             }
             if load.rate.is_some() && ready.len() == depth {
@@ -118,82 +142,103 @@ impl Frontend {
         Ok(outcome)
     }
 
-    fn submit(&mut self, load: Load, disk: u64, slot: usize) -> Result<(), Box<dyn Error>> {
+    fn next_sector(&mut self, load: Load, disk: u64) -> u64 {
         let blocks = disk / load.block as u64;
         let block = if load.sequential {
-            self.blocks_from += 1;
-            self.blocks_from % blocks
+            self.next_block += 1;
+            self.next_block % blocks
         } else {
             self.seed ^= self.seed << 13;
             self.seed ^= self.seed >> 7;
             self.seed ^= self.seed << 17;
             self.seed % blocks
         };
-        let at = block * load.block as u64;
-        let end = (slot + 1) * load.block;
-        if end > self.buffers.size() {
-            return Err("more depth than buffers".into());
-        }
-        let buffer = self.buffers.as_ptr().wrapping_add(slot * load.block);
-        // SAFETY: a slot of the mapping, checked above, used by one request at a time.
-        unsafe {
-            if load.write {
-                self.queue.write_raw(at, buffer, load.block, slot)?;
-            } else {
-                self.queue.read_raw(at, buffer, load.block, slot)?;
-            }
-        }
-        Ok(())
+        block * (load.block as u64 / 512)
     }
 
     /// Waits for at least one completion and takes all there are.
     fn collect(
         &mut self,
         busy: bool,
-        ready: &mut Vec<usize>,
+        ready: &mut Vec<u16>,
         outcome: &mut Outcome,
     ) -> Result<(), Box<dyn Error>> {
         let before = ready.len();
-        let began = Instant::now();
-        while ready.len() == before {
+        let mut looks = 0u32;
+        let mut began = None;
+        while !self.driver.has_completions() {
             if !busy {
-                self.queue.set_used_notif_enabled(true);
-                if !self.queue.completions().has_next() {
+                if self.driver.want_call() {
                     outcome.sleeps += 1;
                     self.sleep()?;
                 }
-            } else if began.elapsed() > Duration::from_millis(TIMEOUT_MS as u64) {
+                continue;
+            }
+            looks = looks.wrapping_add(1);
+            if looks.is_multiple_of(1 << 16)
+                && began.get_or_insert_with(Instant::now).elapsed() > TIMEOUT
+            {
                 return Err("no completion".into());
             }
-            for done in self.queue.completions() {
-                if done.ret != 0 {
-                    return Err(format!("request failed: {}", done.ret).into());
-                }
-                ready.push(done.context);
-            }
+            std::hint::spin_loop();
         }
+        self.driver
+            .reap(ready)
+            .map_err(|status| format!("a request failed with status {status}"))?;
         outcome.requests += (ready.len() - before) as u64;
         Ok(())
     }
 
-    fn sleep(&self) -> std::io::Result<()> {
-        // Some backends make the shared descriptor non-blocking.
-        while let Err(error) = self.call.read() {
-            if error.kind() != std::io::ErrorKind::WouldBlock {
-                return Err(error);
+    fn sleep(&self) -> Result<(), Box<dyn Error>> {
+        let timeout = i32::try_from(TIMEOUT.as_millis())?;
+        let mut events = [EpollEvent::default()];
+        match self.called.wait(timeout, &mut events) {
+            Ok(0) => return Err("no call".into()),
+            Err(error) if error.kind() != std::io::ErrorKind::Interrupted => {
+                return Err(error.into());
             }
-            let mut entry = libc::pollfd {
-                fd: self.call.as_raw_fd(),
-                events: libc::POLLIN,
-                revents: 0,
-            };
-            // SAFETY: one valid entry.
-            match unsafe { libc::poll(&mut entry, 1, TIMEOUT_MS) } {
-                1 => {}
-                0 => return Err(std::io::ErrorKind::TimedOut.into()),
-                _ => return Err(std::io::Error::last_os_error()),
-            }
+            _ => {}
         }
+        // Empty after an interruption, which is as good: the ring is looked at again.
+        let _ = self.call.read();
         Ok(())
     }
+}
+
+/// What every frontend says, in the order in which QEMU says it.
+fn handshake(
+    socket: &Path,
+    memory: VhostUserMemoryRegionInfo,
+    kick: &EventFd,
+    call: &EventFd,
+) -> Result<Messages, Box<dyn Error>> {
+    let mut messages = Messages::connect(socket, 1)?;
+    messages.set_owner()?;
+    let offered = messages.get_features()?;
+    let own = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    if offered & (FEATURES | own) != FEATURES | own {
+        return Err(format!("the backend offers only {offered:#x}").into());
+    }
+    let protocol = messages.get_protocol_features()?;
+    messages.set_protocol_features(
+        protocol & (VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG),
+    )?;
+    messages.set_features(FEATURES | own)?;
+    messages.set_mem_table(&[memory])?;
+    messages.set_vring_num(0, RING_SIZE)?;
+    messages.set_vring_base(0, 0)?;
+    let config = VringConfigData {
+        queue_max_size: RING_SIZE,
+        queue_size: RING_SIZE,
+        flags: 0,
+        desc_table_addr: BASE + DESC,
+        used_ring_addr: BASE + USED,
+        avail_ring_addr: BASE + AVAIL,
+        log_addr: None,
+    };
+    messages.set_vring_addr(0, &config)?;
+    messages.set_vring_call(0, call)?;
+    messages.set_vring_kick(0, kick)?;
+    messages.set_vring_enable(0, true)?;
+    Ok(messages)
 }

@@ -1,15 +1,36 @@
 //! pv-blkd beside qemu-storage-daemon and fio: one frontend, one file, taken in turns.
 //!
-//! `blkbench --image FILE` compares; every figure is the median over the rounds, and each case
-//! ends with the ratio of ours to the best peer and the bar it is held against. `blkbench
-//! --socket PATH --bytes N` only loads what listens there. `--only TEXT` picks cases by name.
+//! `blkbench --image FILE` compares. In every round each program takes its turn, with a new
+//! process and a new connection; every figure is the median over the rounds, and each case ends
+//! with the ratio of ours to what it is compared with and the bar it is held against. A missed bar
+//! is a line in the output, never an error.
+//!
+//! All servers get the same load from the same frontend: it does the same for all of them, runs on
+//! a processor that no server may use, and costs a few stores for each request. In cases named
+//! `busy` it looks at the ring all the time; in the others it sleeps until it is called, and what
+//! waking a sleeping processor costs the host is part of every figure. Servers, and fio with them,
+//! have all the other processors. fio is the file without any server: one thread that submits and
+//! takes completions itself.
+//!
+//! The image has all its blocks. In direct cases none of it is in the page cache; in the others all
+//! of it is, in single pages, as random I/O leaves it. After large reads it would hold large ones, and a file system may then go through all blocks
+//! of one for each small write, which would be all that is measured.
+//!
+//! `--only TEXT` picks cases by name. `blkbench --socket PATH --bytes N` only loads what listens
+//! there. `blkbench --costs` says what measuring and limiting cost for each request.
 
+mod cases;
+mod costs;
+mod driver;
 mod frontend;
 mod peers;
+mod processors;
 
+use cases::{Bar, Case, cases};
 use clap::Parser;
 use frontend::{DEPTH_MAX, Frontend, Load, Outcome};
 use peers::{Peer, Store, fio};
+use processors::Processors;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,7 +38,7 @@ use std::time::Duration;
 #[derive(Debug, Parser)]
 struct Cli {
     /// Compare on this file, which is overwritten; made if it is not there.
-    #[arg(long, required_unless_present = "socket")]
+    #[arg(long, required_unless_present_any = ["socket", "costs"])]
     image: Option<PathBuf>,
     /// Load the backend that listens here, and nothing else.
     #[arg(long, conflicts_with = "image")]
@@ -31,9 +52,18 @@ struct Cli {
     /// Seconds of one turn.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
-    /// Only cases with this in their name.
-    #[arg(long, default_value = "")]
-    only: String,
+    /// Only cases with one of these in their name.
+    #[arg(long)]
+    only: Vec<String>,
+    /// See that everything runs: a short turn of each program in each case, not to be quoted.
+    #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
+    smoke: bool,
+    /// Let the scheduler choose the processors of frontend and servers.
+    #[arg(long)]
+    unpinned: bool,
+    /// Measure what statistics and limits cost for each request, in this process.
+    #[arg(long)]
+    costs: bool,
     /// The daemon; the one beside this program by default.
     #[arg(long)]
     daemon: Option<PathBuf>,
@@ -49,111 +79,36 @@ struct Cli {
     /// With --socket: look at the ring all the time instead of sleeping.
     #[arg(long)]
     busy: bool,
+    /// With --socket: one request after the other instead of anywhere.
+    #[arg(long)]
+    sequential: bool,
     /// With --socket: requests in a second.
     #[arg(long)]
     rate: Option<f64>,
 }
 
-/// What ours is compared with, and the least ratio wanted.
-#[derive(Clone, Copy, Debug)]
-enum Bar {
-    Fio(f64),
-    BestPeer(f64),
-    /// Processor time for each request, at a rate that all can keep.
-    Cpu,
-}
-
-struct Case {
-    name: &'static str,
-    store: Store,
-    load: Load,
-    bar: Bar,
-}
-
-fn cases(time: Duration) -> Vec<Case> {
-    let load = Load {
-        depth: 1,
-        block: 4096,
-        write: false,
-        sequential: false,
-        busy: false,
-        rate: None,
-        time,
-    };
-    let deep = Load { depth: 32, ..load };
-    let write = |load| Load {
-        write: true,
-        ..load
-    };
-    let busy = |load| Load { busy: true, ..load };
-    let paced = |load, rate| Load {
-        rate: Some(rate),
-        ..load
-    };
-    let long = Load {
-        depth: 8,
-        block: 128 << 10,
-        sequential: true,
-        ..load
-    };
-    let case = |name, store, load, bar| Case {
-        name,
-        store,
-        load,
-        bar,
-    };
-    use Bar::{BestPeer, Cpu, Fio};
-    use Store::{Cached, Direct, Null};
-    vec![
-        case("direct read QD1", Direct, load, Fio(0.95)),
-        case("direct read QD1 busy", Direct, busy(load), Fio(0.95)),
-        case("direct read QD32", Direct, deep, Fio(0.95)),
-        case("direct read QD32 busy", Direct, busy(deep), Fio(0.95)),
-        case("direct write QD32", Direct, write(deep), Fio(0.95)),
-        case("cached read QD1", Cached, load, BestPeer(2.0)),
-        case("cached read QD1 busy", Cached, busy(load), BestPeer(2.0)),
-        case("cached read QD32", Cached, deep, BestPeer(1.4)),
-        case("cached read QD32 busy", Cached, busy(deep), BestPeer(1.4)),
-        case("cached write QD32", Cached, write(deep), BestPeer(1.5)),
-        case("sequential 128K direct read", Direct, long, BestPeer(1.0)),
-        case(
-            "sequential 128K direct write",
-            Direct,
-            write(long),
-            BestPeer(1.0),
-        ),
-        case("sequential 128K cached read", Cached, long, BestPeer(1.0)),
-        case(
-            "sequential 128K cached write",
-            Cached,
-            write(long),
-            BestPeer(1.0),
-        ),
-        case("null QD1", Null, load, BestPeer(1.2)),
-        case("null QD1 busy", Null, busy(load), BestPeer(1.2)),
-        case("null QD32", Null, deep, BestPeer(1.2)),
-        case("null QD32 busy", Null, busy(deep), BestPeer(1.2)),
-        case("paced direct read QD1", Direct, paced(load, 4e3), Cpu),
-        case("paced direct read QD32", Direct, paced(deep, 30e3), Cpu),
-        case("paced cached read QD1", Cached, paced(load, 5e3), Cpu),
-        case("paced cached read QD32", Cached, paced(deep, 50e3), Cpu),
-        case("paced null QD32", Null, paced(deep, 50e3), Cpu),
-    ]
-}
-
 fn main() -> Result<(), Box<dyn Error>> {
-    let cli = Cli::parse();
+    let mut cli = Cli::parse();
+    if cli.smoke {
+        (cli.rounds, cli.seconds) = (1, 0.05);
+    }
     let time = Duration::from_secs_f64(cli.seconds);
+    if cli.costs {
+        costs::print();
+        return Ok(());
+    }
+    let processors = Processors::share_out(!cli.unpinned)?;
     if let Some(socket) = &cli.socket {
         let load = Load {
             depth: cli.depth.clamp(1, DEPTH_MAX),
             block: cli.block,
             write: cli.write,
-            sequential: false,
+            sequential: cli.sequential,
             busy: cli.busy,
             rate: cli.rate,
             time,
         };
+        processors.in_server(|| ())?;
         let mut frontend = Frontend::connect(socket, load.depth * load.block)?;
         let outcome = frontend.run(load, cli.bytes)?;
         let per = |n: u64| n as f64 / outcome.requests as f64;
@@ -171,18 +126,33 @@ fn main() -> Result<(), Box<dyn Error>> {
         None => beside_this("pv-blkd")?,
     };
     prepare(&image, cli.bytes)?;
+    println!("{processors}");
     let dir = tempfile::tempdir()?;
-    let socket = dir.path().join("blk.sock");
+    let bench = Bench {
+        socket: dir.path().join("blk.sock"),
+        cli,
+        image,
+        daemon,
+        processors,
+    };
     let (mut held, mut missed) = (0, 0);
+    let mut cached = None;
     for case in cases(time) {
-        if !case.name.contains(&cli.only) {
+        let only = &bench.cli.only;
+        if !only.is_empty() && !only.iter().any(|part| case.name.contains(part.as_str())) {
             continue;
         }
-        if compare(&cli, &case, &image, &daemon, &socket)? {
+        let wants_cache = case.store == Store::Cached;
+        if cached.replace(wants_cache) != Some(wants_cache) {
+            fill_cache(&bench.image, wants_cache)?;
+        }
+        if bench.compare(&case)? {
             held += 1;
         } else {
             missed += 1;
         }
+        // What a case wrote is on the disk before the next begins.
+        std::fs::File::open(&bench.image)?.sync_data()?;
     }
     println!("{held} bars held, {missed} missed");
     Ok(())
@@ -196,46 +166,60 @@ struct Row {
     last: Outcome,
 }
 
-/// Runs a case, prints it, and says whether its bar is held.
-fn compare(
-    cli: &Cli,
-    case: &Case,
-    image: &Path,
-    daemon: &Path,
-    socket: &Path,
-) -> Result<bool, Box<dyn Error>> {
-    let mut peers = vec![Peer::ours(daemon, image, case.store, cli.bytes)];
-    peers.extend(Peer::qemu(image, case.store, cli.bytes));
-    let row = |name: &str| Row {
-        name: name.into(),
-        iops: Vec::new(),
-        cpu: Vec::new(),
-        last: Outcome::default(),
-    };
-    let mut rows: Vec<Row> = peers.iter().map(|peer| row(&peer.name)).collect();
-    let mut raw = row("fio io_uring");
-    for _ in 0..cli.rounds {
-        for (peer, row) in peers.iter().zip(&mut rows) {
-            let running = peer.start(socket)?;
-            let mut frontend = running.connect(socket, case.load.depth * case.load.block)?;
-            let warm = Load {
-                time: Duration::from_millis(100),
-                ..case.load
-            };
-            frontend.run(warm, cli.bytes)?;
-            let before = running.cpu()?;
-            row.last = frontend.run(case.load, cli.bytes)?;
-            row.cpu
-                .push((running.cpu()? - before) / row.last.requests as f64);
-            row.iops.push(row.last.iops());
+struct Bench {
+    cli: Cli,
+    image: PathBuf,
+    daemon: PathBuf,
+    socket: PathBuf,
+    processors: Processors,
+}
+
+impl Bench {
+    /// Runs a case, prints it, and says whether its bar is held.
+    fn compare(&self, case: &Case) -> Result<bool, Box<dyn Error>> {
+        let (image, bytes) = (&self.image, self.cli.bytes);
+        let mut peers = vec![Peer::ours(&self.daemon, image, case.store, bytes)];
+        peers.extend(Peer::qemu(image, case.store, bytes));
+        let row = |name: &str| Row {
+            name: name.into(),
+            iops: Vec::new(),
+            cpu: Vec::new(),
+            last: Outcome::default(),
+        };
+        let mut rows: Vec<Row> = peers.iter().map(|peer| row(&peer.name)).collect();
+        let mut raw = row("fio io_uring");
+        for _ in 0..self.cli.rounds {
+            for (peer, row) in peers.iter().zip(&mut rows) {
+                self.turn(peer, case.load, row)?;
+            }
+            if case.store != Store::Null && case.load.rate.is_none() {
+                let direct = case.store == Store::Direct;
+                let run = || fio(image, direct, &case.load);
+                let (iops, cpu) = self.processors.in_server(run)??;
+                raw.iops.push(iops);
+                raw.cpu.push(cpu);
+            }
         }
-        if case.store != Store::Null && case.load.rate.is_none() {
-            let (iops, cpu) = fio(image, case.store == Store::Direct, &case.load)?;
-            raw.iops.push(iops);
-            raw.cpu.push(cpu);
-        }
+        Ok(report(case, &rows, &raw))
     }
-    Ok(report(case, &rows, &raw))
+
+    /// One program's turn in a round.
+    fn turn(&self, peer: &Peer, load: Load, row: &mut Row) -> Result<(), Box<dyn Error>> {
+        let bytes = self.cli.bytes;
+        let running = self.processors.in_server(|| peer.start(&self.socket))??;
+        let mut frontend = running.connect(&self.socket, load.depth * load.block)?;
+        let warm = Load {
+            time: load.time.min(Duration::from_millis(100)),
+            ..load
+        };
+        frontend.run(warm, bytes)?;
+        let before = running.cpu()?;
+        row.last = frontend.run(load, bytes)?;
+        let used = running.cpu()? - before;
+        row.cpu.push(used / row.last.requests.max(1) as f64);
+        row.iops.push(row.last.iops());
+        Ok(())
+    }
 }
 
 fn report(case: &Case, rows: &[Row], raw: &Row) -> bool {
@@ -292,24 +276,34 @@ fn beside_this(name: &str) -> Result<PathBuf, Box<dyn Error>> {
     Ok(dir.join(name))
 }
 
-/// The file has all its blocks, and the page cache has them too.
+/// The file has all its blocks, on the disk.
 fn prepare(image: &Path, bytes: u64) -> Result<(), Box<dyn Error>> {
-    use std::io::{Read, Write};
+    use std::io::Write;
     let mut file = std::fs::File::options()
         .create(true)
         .truncate(false)
-        .read(true)
         .write(true)
         .open(image)?;
-    let mut chunk: Vec<u8> = (0..1 << 20).map(|i: u32| ((i * 7) >> 3) as u8).collect();
     if file.metadata()?.len() != bytes {
+        let chunk: Vec<u8> = (0..1 << 20).map(|i: u32| ((i * 7) >> 3) as u8).collect();
         for _ in 0..bytes >> 20 {
             file.write_all(&chunk)?;
         }
         file.set_len(bytes)?;
-        file.sync_all()?;
-    } else {
-        while file.read(&mut chunk)? > 0 {}
+    }
+    // Pages must be clean to be dropped.
+    Ok(file.sync_all()?)
+}
+
+/// Takes the file out of the page cache, or brings all of it there, page by page.
+fn fill_cache(image: &Path, full: bool) -> Result<(), Box<dyn Error>> {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::open(image)?;
+    processors::drop_pages(&file)?;
+    let mut page = [0; 4096];
+    let wanted = if full { file.metadata()?.len() } else { 0 };
+    for at in (0..wanted).step_by(page.len()) {
+        file.read_exact_at(&mut page, at)?;
     }
     Ok(())
 }

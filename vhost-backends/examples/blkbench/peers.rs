@@ -120,17 +120,18 @@ impl Running {
 
     /// Processor time of all its threads, in microseconds.
     pub(crate) fn cpu(&self) -> Result<f64, Box<dyn Error>> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id()))?;
-        // The name, in parentheses, may contain anything; utime and stime are 14 and 15.
-        let rest = stat.rsplit_once(')').ok_or("odd stat")?.1;
-        let ticks: u64 = rest
-            .split_whitespace()
-            .skip(11)
-            .take(2)
-            .map(|field| field.parse::<u64>().unwrap_or(0))
-            .sum();
-        // USER_HZ is 100 in the kernel's interface.
-        Ok(ticks as f64 * 10_000.0)
+        let mut nanos = 0;
+        for thread in std::fs::read_dir(format!("/proc/{}/task", self.0.id()))? {
+            // One that has just ended is left out.
+            let times = std::fs::read_to_string(thread?.path().join("schedstat"));
+            let times = times.unwrap_or_default();
+            nanos += times
+                .split_whitespace()
+                .next()
+                .and_then(|on_cpu| on_cpu.parse::<u64>().ok())
+                .unwrap_or(0);
+        }
+        Ok(nanos as f64 / 1e3)
     }
 }
 

@@ -124,7 +124,12 @@ struct Worker {
     retired: bool,
     /// The limits hold the queue back for this long.
     hold: Option<Duration>,
-    poll: AdaptivePoll,
+    /// How long to look for what the host works on.
+    host_poll: AdaptivePoll,
+    /// How long to look for the driver's answer to completions.
+    driver_poll: AdaptivePoll,
+    /// When completions were published that the driver has not answered with new requests.
+    unanswered: Option<u64>,
     cache: WriteCache,
     /// Bytes of requests that wait in `done`.
     unpublished: u64,
@@ -183,7 +188,9 @@ impl Worker {
             finished: Vec::with_capacity(MAX_IN_FLIGHT),
             retired: false,
             hold: None,
-            poll: AdaptivePoll::default(),
+            host_poll: AdaptivePoll::default(),
+            driver_poll: AdaptivePoll::default(),
+            unanswered: None,
             cache,
             unpublished: 0,
         }
@@ -212,12 +219,14 @@ impl Worker {
 
     fn serve(&mut self) -> io::Result<()> {
         loop {
-            let took = self.take();
+            // First, so that the engine knows what the host still has when it gets more.
             let wake = self.engine.reap(&mut self.finished)?;
             self.publish();
             if wake.stop {
                 break;
             }
+            let took = self.take()?;
+            self.publish();
             if took == MAX_BATCH {
                 // More is likely there; the host should work on this meanwhile.
                 self.engine.submit()?;
@@ -234,9 +243,12 @@ impl Worker {
                 continue;
             }
             Counters::add(&self.disk.counters.wakes, 1);
-            let asleep = Instant::now();
+            let asleep = self.disk.stats.now();
             let wake = self.engine.wait(&mut self.finished)?;
-            self.poll.slept(asleep.elapsed());
+            if !self.finished.is_empty() {
+                self.host_poll.slept(self.since(asleep));
+                self.ring.disarm();
+            }
             self.publish();
             if wake.stop {
                 break;
@@ -267,11 +279,18 @@ impl Worker {
 
     /// Looks for work for as long as recent sleeps suggest. Whether there is some.
     fn poll_briefly(&mut self, may_take: bool) -> io::Result<bool> {
-        let budget = self.poll.budget();
+        let working = self.engine.in_flight() > 0;
+        let mut budget = Duration::ZERO;
+        if working {
+            budget = self.host_poll.budget();
+        }
+        if self.unanswered.is_some() {
+            budget = budget.max(self.driver_poll.budget());
+        }
         if budget.is_zero() {
             return Ok(false);
         }
-        if self.engine.in_flight() > 0 {
+        if working {
             self.engine.submit()?;
         }
         let start = Instant::now();
@@ -290,7 +309,7 @@ impl Worker {
     }
 
     /// Takes up to a batch of chains and begins them. How many there were.
-    fn take(&mut self) -> usize {
+    fn take(&mut self) -> io::Result<usize> {
         let mut took = 0;
         let mut began = 0;
         self.hold = None;
@@ -310,6 +329,12 @@ impl Worker {
                     if took == 0 {
                         // Once for a batch: its chains were all there by now.
                         began = self.disk.stats.now();
+                        if let Some(asked) = self.unanswered.take() {
+                            let took = Duration::from_nanos(began.saturating_sub(asked));
+                            self.driver_poll.answered(took);
+                        }
+                    } else {
+                        self.engine.more_follows()?;
                     }
                     took += 1;
                     self.begin(token, chain, began);
@@ -328,7 +353,7 @@ impl Worker {
                 }
             }
         }
-        took
+        Ok(took)
     }
 
     fn retire(&mut self, reason: crate::ring::Retire) {
@@ -535,9 +560,15 @@ impl Worker {
         }
     }
 
+    /// How long ago that was, which was a time of the statistics.
+    fn since(&self, then: u64) -> Duration {
+        Duration::from_nanos(self.disk.stats.now().saturating_sub(then))
+    }
+
     /// Counts what was just published.
     fn measure(&mut self) {
         let now = self.disk.stats.now();
+        self.unanswered = Some(now);
         let mut measured = std::mem::take(&mut self.measured);
         self.with_stats(|stats| {
             for measure in measured.drain(..) {

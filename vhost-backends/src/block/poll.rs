@@ -23,6 +23,15 @@ impl AdaptivePoll {
         self.budget
     }
 
+    /// What was looked for came after this long, the look included.
+    pub(super) fn answered(&mut self, time: Duration) {
+        match time.checked_sub(self.budget) {
+            // The look found it.
+            None => {}
+            Some(slept) => self.slept(slept),
+        }
+    }
+
     /// A look found nothing, and the sleep after it took this long.
     pub(crate) fn slept(&mut self, time: Duration) {
         self.budget = if time > MOST {

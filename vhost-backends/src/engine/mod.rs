@@ -152,6 +152,11 @@ pub trait Engine {
     /// Hands what was begun to the host, without waiting.
     fn submit(&mut self) -> io::Result<()>;
 
+    /// More will be begun at once: hands over what the host should work on meanwhile.
+    fn more_follows(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Takes what is over, without waiting.
     fn reap(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake>;
 

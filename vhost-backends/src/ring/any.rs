@@ -128,6 +128,10 @@ impl DeviceRing for Ring {
         either!(self, ring => ring.arm())
     }
 
+    fn disarm(&mut self) {
+        either!(self, ring => ring.disarm());
+    }
+
     fn has_more(&self) -> bool {
         either!(self, ring => ring.has_more())
     }

@@ -229,6 +229,10 @@ pub trait DeviceRing {
     /// before sleeping. Always `false` once the ring is retired.
     fn arm(&mut self) -> bool;
 
+    /// Takes back the wish for a kick, where that was not fulfilled: the device is awake and will
+    /// look before it sleeps.
+    fn disarm(&mut self);
+
     /// Whether the driver has made more available, without asking for kicks and without taking
     /// anything: for a device that polls for a moment before it sleeps.
     fn has_more(&self) -> bool;
@@ -254,6 +258,11 @@ pub(crate) const fn used_event_offset(size: u16) -> u64 {
 /// First byte of used element `index % size`.
 pub(crate) const fn used_elem_offset(index: u16, size: u16) -> u64 {
     4 + 8 * (index % size) as u64
+}
+
+/// The used ring's field in which a device asks for a kick with `EVENT_IDX`: `avail_event`.
+pub(crate) const fn avail_event_offset(size: u16) -> u64 {
+    4 + 8 * size as u64
 }
 
 /// `base + offset`, for offsets inside a part that was checked when the ring was set up.

@@ -595,6 +595,15 @@ impl DeviceRing for PackedRing {
         }
     }
 
+    fn disarm(&mut self) {
+        if self.retired.is_none()
+            && std::mem::take(&mut self.armed)
+            && let Err(reason) = self.set_event_flags(DISABLE)
+        {
+            self.retired = Some(reason);
+        }
+    }
+
     fn has_more(&self) -> bool {
         let next = self.next_avail;
         self.retired.is_none()

@@ -12,7 +12,7 @@ use super::dirty::RingDirty;
 use super::inflight::{QueueLog, SplitLog};
 use super::{
     Completion, DeviceRing, Mapped, OwnedChain, Retire, RingError, RingPart, RingState, at,
-    map_part, used_elem_offset, used_event_offset,
+    avail_event_offset, map_part, used_elem_offset, used_event_offset,
 };
 use crate::limits::MAX_RING_SIZE;
 use pv_abi::limits::MAX_CHAIN_LEN;
@@ -275,16 +275,34 @@ impl SplitRing {
         hit(Point::P2);
         self.queue.set_next_avail(next.wrapping_add(1));
         self.set_in_flight(head, true);
-        if self.armed && !self.event_idx {
-            // Kicks are of no use while the device is looking anyway. With EVENT_IDX they have
-            // already stopped: the index has passed the event.
+        // Kicks are of no use while the device is looking anyway. With EVENT_IDX they have already
+        // stopped: the index has passed the event.
+        if self.event_idx {
+            self.armed = false;
+        } else {
+            self.disarm_inner()?;
+        }
+        Ok(Some(chain))
+    }
+
+    fn disarm_inner(&mut self) -> Result<(), Retire> {
+        if !std::mem::take(&mut self.armed) {
+            return Ok(());
+        }
+        if self.event_idx {
+            // An event that the driver's index has passed.
+            let event = self.queue.next_avail().wrapping_sub(1);
+            let offset = avail_event_offset(self.size);
+            // Ordering: Relaxed; a kick that comes all the same is a wake for nothing.
+            self.used_part.store16(offset, event, Ordering::Relaxed)?;
+            self.dirty_used(offset, 2);
+        } else {
             self.queue
                 .disable_notification(&*self.mem)
                 .map_err(|_| Retire::RingAccess)?;
             self.dirty_used(0, 2);
         }
-        self.armed = false;
-        Ok(Some(chain))
+        Ok(())
     }
 
     /// Walks a chain once. Every descriptor is copied before it is looked at, so a driver that
@@ -487,7 +505,7 @@ impl DeviceRing for SplitRing {
         // Writes `avail_event` or the flags, fences, and reads the available index again.
         let more = self.queue.enable_notification(&*self.mem);
         if self.event_idx {
-            self.dirty_used(used_elem_offset(0, self.size) + 8 * u64::from(self.size), 2);
+            self.dirty_used(avail_event_offset(self.size), 2);
         } else {
             self.dirty_used(0, 2);
         }
@@ -497,6 +515,14 @@ impl DeviceRing for SplitRing {
                 self.retired = Some(Retire::RingAccess);
                 false
             }
+        }
+    }
+
+    fn disarm(&mut self) {
+        if self.retired.is_none()
+            && let Err(reason) = self.disarm_inner()
+        {
+            self.retired = Some(reason);
         }
     }
 
