@@ -116,6 +116,13 @@ impl Event {
     }
 }
 
+impl From<OwnedFd> for Event {
+    /// Of a descriptor that `duplicate` gave.
+    fn from(fd: OwnedFd) -> Event {
+        Event(fd.into())
+    }
+}
+
 impl AsFd for Event {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

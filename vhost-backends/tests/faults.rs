@@ -3,14 +3,18 @@
 mod support;
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use support::{Disk, FEATURES, Frontend, pattern, serve_store};
 use vhost_backends::engine::{
-    BlockingDisk, BlockingStore, FileOptions, Geometry, Qcow2Disk, RawFile, create_overlay,
+    BlockingDisk, BlockingStore, Engine, FileOptions, Finished, Geometry, Operation, Qcow2Disk,
+    RawFile, Store, Token, Wake, WakeSources, create_overlay,
 };
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 const MIB: usize = 1 << 20;
 
@@ -87,6 +91,114 @@ fn every_error_of_every_request_is_a_status_and_a_count() {
     server.stop().unwrap();
     let stats = device.stats();
     assert_eq!((stats.no_space, stats.not_writable), (5, 5));
+}
+
+/// A disk whose engine itself may fail, with requests in flight.
+#[derive(Debug)]
+struct Fragile {
+    breaks: AtomicBool,
+}
+
+impl Store for Fragile {
+    fn geometry(&self) -> Geometry {
+        Geometry::plain(MIB as u64)
+    }
+
+    fn open_engine(
+        self: Arc<Self>,
+        _memory: Arc<GuestMemoryMmap>,
+        wake: WakeSources<'_>,
+    ) -> io::Result<Box<dyn Engine>> {
+        let stop = Epoll::new()?;
+        let event = EpollEvent::new(EventSet::IN, 0);
+        stop.ctl(ControlOperation::Add, wake.stop.as_raw_fd(), event)?;
+        Ok(Box::new(FragileEngine {
+            stop,
+            flying: Vec::new(),
+            disk: self,
+        }))
+    }
+}
+
+struct FragileEngine {
+    disk: Arc<Fragile>,
+    stop: Epoll,
+    flying: Vec<Token>,
+}
+
+impl Engine for FragileEngine {
+    fn start(&mut self, token: Token, _operation: Operation<'_>) -> Option<io::Result<()>> {
+        self.flying.push(token);
+        None
+    }
+
+    fn submit(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reap(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake> {
+        if self.flying.len() > 1 && self.disk.breaks.load(Ordering::SeqCst) {
+            // One is over, and nothing is known of the others.
+            let (token, result) = (self.flying.remove(0), Ok(()));
+            finished.push(Finished { token, result });
+            return Err(io::Error::from_raw_os_error(libc::EBADF));
+        }
+        if !self.disk.breaks.load(Ordering::SeqCst) {
+            finished.extend(self.flying.drain(..).map(|token| Finished {
+                token,
+                result: Ok(()),
+            }));
+        }
+        let seen = self.stop.wait(0, &mut [EpollEvent::default()])?;
+        Ok(Wake { stop: seen > 0 })
+    }
+
+    fn wait(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake> {
+        self.stop.wait(1, &mut [EpollEvent::default()])?;
+        self.reap(finished)
+    }
+
+    fn has_finished(&mut self) -> bool {
+        false
+    }
+
+    fn in_flight(&self) -> usize {
+        self.flying.len()
+    }
+}
+
+#[test]
+fn a_failed_engine_loses_no_request() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Arc::new(Fragile {
+        breaks: AtomicBool::new(true),
+    });
+    let (socket, server, device) = serve_store(dir.path(), disk.clone(), 1);
+    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+    for id in 0..8 {
+        front.read(0, 0, 4096 * id, 4096, id);
+    }
+    front.kick(0);
+    let mut done: Vec<_> = (0..8).map(|_| front.complete(0)).collect();
+    done.sort_unstable();
+    let ids: Vec<usize> = done.iter().map(|(id, _)| *id).collect();
+    assert_eq!(ids, (0..8).collect::<Vec<_>>());
+    let good = done.iter().filter(|(_, ret)| *ret == 0).count();
+    assert!(good <= 1, "{done:?}");
+    // So does everything after it, and nothing hangs.
+    for _ in 0..3 {
+        assert_ne!(front.read_sync(0, 0, 512).0, 0);
+    }
+    drop(front);
+    disk.breaks.store(false, Ordering::SeqCst);
+    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+    assert_eq!(front.read_sync(0, 0, 512).0, 0, "a new start is a new try");
+    drop(front);
+    server.stop().unwrap();
+    let stats = device.stats();
+    // The engine's own failure, and each request's.
+    assert_eq!(stats.host_errors, 1 + (8 - good as u64) + 3);
+    assert_eq!(stats.requests, 8 + 3 + 1);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::poll::AdaptivePoll;
 use super::request::{HEADER_LEN, LIFETIME_LEN, Request};
 use super::{Counters, Disk};
-use crate::engine::{Engine, Finished, Operation, Token, Wake, WakeSources};
+use crate::engine::{Engine, FailedEngine, Finished, Operation, Token, Wake, WakeSources};
 use crate::limits::{MAX_BATCH, MAX_HOLD_MILLIS, MAX_IN_FLIGHT, MAX_UNPUBLISHED_BYTES};
 use crate::readiness::Event;
 use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
@@ -58,7 +58,7 @@ pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn Qu
                 setup.err,
                 WriteCache::of(setup.features),
             )
-            .run()
+            .run(wake)
         })?;
     outcome
         .recv()
@@ -197,24 +197,47 @@ impl Worker {
     }
 
     /// Serves the ring until the stop event; everything that was taken is completed then.
-    fn run(mut self) -> QueueStop {
+    fn run(mut self, wake: WakeSources<'_>) -> QueueStop {
         self.with_stats(QueueStats::clear_in_flight);
         if let Err(error) = self.serve() {
-            // The engine itself failed, not a request: nothing more can be served.
-            tracing::error!(%error, "block queue stopped");
-            Counters::add(&self.disk.counters.host_errors, 1);
-            self.err.signal();
+            self.engine_failed(&error, wake);
         }
         let stop = QueueStop {
             ring: self.ring.save(),
             retired: self.ring.retired(),
         };
-        // Drains what an engine error left; the engine must go before the memory.
+        // The engine must go before the memory.
         drop(self.engine);
         if let Some(stats) = self.disk.stats.queue(self.index) {
             stats.clear_in_flight();
         }
         stop
+    }
+
+    /// The engine itself failed, not a request. What it had in flight is an I/O error, and so is
+    /// everything after it, until the frontend starts the queue anew.
+    fn engine_failed(&mut self, error: &io::Error, wake: WakeSources<'_>) {
+        tracing::error!(%error, "a block queue's engine failed; its requests fail from now on");
+        Counters::add(&self.disk.counters.host_errors, 1);
+        self.err.signal();
+        // The old one waits for what the host still works on.
+        self.engine = Box::new(FailedEngine::new(wake));
+        self.fail_pending();
+        if let Err(error) = self.serve() {
+            tracing::error!(%error, "block queue stopped");
+        }
+    }
+
+    /// Completes what a failed engine will not give back.
+    fn fail_pending(&mut self) {
+        for (token, slot) in (0..).zip(&self.pending) {
+            let known = self.finished.iter().any(|done| done.token == token);
+            if slot.is_some() && !known {
+                let result = Err(io::Error::from_raw_os_error(libc::EIO));
+                self.finished.push(Finished { token, result });
+            }
+        }
+        self.publish();
     }
 
     fn serve(&mut self) -> io::Result<()> {

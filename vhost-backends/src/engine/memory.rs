@@ -3,12 +3,12 @@
 // UNSAFETY: pages are given back with madvise, which no safe wrapper among the dependencies does.
 
 use super::buffer::SAFE_ALIGN;
+use super::inline::Inline;
 use super::sleep::Sleeper;
 use super::transfer::chain_error;
-use super::{Engine, Finished, Geometry, Operation, Store, Token, Wake, WakeSources};
+use super::{Engine, Geometry, Operation, Store, WakeSources};
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestMemoryMmap, VolatileMemory, VolatileSlice};
 
@@ -123,10 +123,10 @@ struct MemoryEngine {
     sleeper: Sleeper,
 }
 
-impl Engine for MemoryEngine {
-    fn start(&mut self, _token: Token, operation: Operation<'_>) -> Option<io::Result<()>> {
+impl Inline for MemoryEngine {
+    fn run(&mut self, operation: Operation<'_>) -> io::Result<()> {
         let memory = &*self.memory;
-        Some(match operation {
+        match operation {
             Operation::Flush => Ok(()),
             Operation::Discard { offset, len }
             | Operation::SecureErase { offset, len }
@@ -154,30 +154,10 @@ impl Engine for MemoryEngine {
                 },
                 false,
             ),
-        })
+        }
     }
 
-    fn submit(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn reap(&mut self, _finished: &mut Vec<Finished>) -> io::Result<Wake> {
-        self.sleeper.glance()
-    }
-
-    fn wait(&mut self, _finished: &mut Vec<Finished>) -> io::Result<Wake> {
-        self.sleeper.sleep()
-    }
-
-    fn wait_for(&mut self, _finished: &mut Vec<Finished>, limit: Duration) -> io::Result<Wake> {
-        self.sleeper.sleep_for(limit)
-    }
-
-    fn has_finished(&mut self) -> bool {
-        false
-    }
-
-    fn in_flight(&self) -> usize {
-        0
+    fn sleeper(&mut self) -> io::Result<&mut Sleeper> {
+        Ok(&mut self.sleeper)
     }
 }

@@ -14,9 +14,11 @@
 //! | [`Qcow2Disk`] | a qcow2 image with its backing files, or an overlay | as a [`BlockingDisk`] |
 //! | [`NbdStore`] | an export of an NBD server | one connection for each queue |
 
+mod aside;
 mod buffer;
 mod file;
 mod geometry;
+mod inline;
 mod memory;
 mod nbd;
 mod null;
@@ -39,6 +41,8 @@ pub use pool::{BlockingDisk, BlockingStore};
 pub use qcow2::{Qcow2Disk, create_overlay};
 pub use sync::SyncEngine;
 pub use uring::UringEngine;
+
+pub(crate) use inline::FailedEngine;
 
 use crate::ring::OwnedChain;
 use std::io;

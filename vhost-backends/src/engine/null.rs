@@ -1,10 +1,10 @@
 //! A disk that is not there: what a ring costs, without any I/O.
 
+use super::inline::Inline;
 use super::sleep::Sleeper;
-use super::{Engine, Finished, Geometry, Operation, Store, Token, Wake, WakeSources};
+use super::{Engine, Geometry, Operation, Store, WakeSources};
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 /// Takes every write and forgets it; reads leave the guest's buffers as they are.
@@ -37,32 +37,12 @@ impl Store for NullStore {
 #[derive(Debug)]
 struct NullEngine(Sleeper);
 
-impl Engine for NullEngine {
-    fn start(&mut self, _token: Token, _operation: Operation<'_>) -> Option<io::Result<()>> {
-        Some(Ok(()))
-    }
-
-    fn submit(&mut self) -> io::Result<()> {
+impl Inline for NullEngine {
+    fn run(&mut self, _operation: Operation<'_>) -> io::Result<()> {
         Ok(())
     }
 
-    fn reap(&mut self, _finished: &mut Vec<Finished>) -> io::Result<Wake> {
-        self.0.glance()
-    }
-
-    fn wait(&mut self, _finished: &mut Vec<Finished>) -> io::Result<Wake> {
-        self.0.sleep()
-    }
-
-    fn wait_for(&mut self, _finished: &mut Vec<Finished>, limit: Duration) -> io::Result<Wake> {
-        self.0.sleep_for(limit)
-    }
-
-    fn has_finished(&mut self) -> bool {
-        false
-    }
-
-    fn in_flight(&self) -> usize {
-        0
+    fn sleeper(&mut self) -> io::Result<&mut Sleeper> {
+        Ok(&mut self.0)
     }
 }

@@ -1,12 +1,12 @@
 //! Plain system calls, for hosts that refuse io_uring.
 
 use super::buffer::AlignedBuffer;
+use super::inline::Inline;
 use super::sleep::Sleeper;
 use super::transfer::{Direction, Transfer, chain_error};
-use super::{Engine, Finished, Operation, RawFile, Token, Wake, WakeSources};
+use super::{Operation, RawFile, WakeSources};
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 /// Everything is over when `start` returns.
@@ -31,27 +31,6 @@ impl SyncEngine {
             transfer: Transfer::default(),
             sleeper: Sleeper::new(wake)?,
         })
-    }
-
-    fn run(&mut self, operation: Operation<'_>) -> io::Result<()> {
-        match operation {
-            Operation::Flush => self.file.flush(),
-            Operation::Discard { offset, len } => self.file.discard(offset, len),
-            Operation::SecureErase { offset, len } => self.file.secure_erase(offset, len),
-            Operation::WriteZeroes { offset, len, unmap } => {
-                self.file.write_zeroes(offset, len, unmap)
-            }
-            Operation::Read { .. } | Operation::Write { .. } => {
-                self.transfer
-                    .prepare(&self.memory, operation)
-                    .map_err(chain_error)?;
-                if self.transfer.is_aligned(self.file.align()) {
-                    self.transfer.run(self.file.file())
-                } else {
-                    self.bounce(operation)
-                }
-            }
-        }
     }
 
     /// Through a buffer of our own, for what O_DIRECT does not take.
@@ -83,32 +62,29 @@ impl SyncEngine {
     }
 }
 
-impl Engine for SyncEngine {
-    fn start(&mut self, _token: Token, operation: Operation<'_>) -> Option<io::Result<()>> {
-        Some(self.run(operation))
+impl Inline for SyncEngine {
+    fn run(&mut self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Flush => self.file.flush(),
+            Operation::Discard { offset, len } => self.file.discard(offset, len),
+            Operation::SecureErase { offset, len } => self.file.secure_erase(offset, len),
+            Operation::WriteZeroes { offset, len, unmap } => {
+                self.file.write_zeroes(offset, len, unmap)
+            }
+            Operation::Read { .. } | Operation::Write { .. } => {
+                self.transfer
+                    .prepare(&self.memory, operation)
+                    .map_err(chain_error)?;
+                if self.transfer.is_aligned(self.file.align()) {
+                    self.transfer.run(self.file.file())
+                } else {
+                    self.bounce(operation)
+                }
+            }
+        }
     }
 
-    fn submit(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn reap(&mut self, _finished: &mut Vec<Finished>) -> io::Result<Wake> {
-        self.sleeper.glance()
-    }
-
-    fn wait(&mut self, _finished: &mut Vec<Finished>) -> io::Result<Wake> {
-        self.sleeper.sleep()
-    }
-
-    fn wait_for(&mut self, _finished: &mut Vec<Finished>, limit: Duration) -> io::Result<Wake> {
-        self.sleeper.sleep_for(limit)
-    }
-
-    fn has_finished(&mut self) -> bool {
-        false
-    }
-
-    fn in_flight(&self) -> usize {
-        0
+    fn sleeper(&mut self) -> io::Result<&mut Sleeper> {
+        Ok(&mut self.sleeper)
     }
 }

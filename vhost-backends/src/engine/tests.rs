@@ -265,6 +265,62 @@ fn events_end_a_wait() {
     }
 }
 
+/// A regular file is readable whenever it is asked: as a kick it would never let a queue sleep.
+#[test]
+fn a_kick_that_cannot_be_waited_for_is_refused() {
+    let bench = Bench::new();
+    let file = bench.file(4096, FileOptions::default());
+    for path in ["/proc/self/exe", "/dev/null"] {
+        let kick = std::fs::File::open(path).unwrap();
+        let wake = WakeSources {
+            kick: kick.as_fd(),
+            stop: bench.stop.as_fd(),
+        };
+        let memory = bench.memory.clone();
+        assert!(UringEngine::new(file.clone(), memory.clone(), wake).is_err());
+        assert!(SyncEngine::new(file.clone(), memory.clone(), wake).is_err());
+        assert!(file.clone().open_engine(memory, wake).is_err());
+    }
+}
+
+/// There is no io_uring operation for it, and a disk may take minutes.
+#[test]
+fn a_secure_erase_does_not_hold_the_queue_up() {
+    let bench = Bench::new();
+    let file = bench.file(1 << 20, FileOptions::default());
+    let mut engine = bench.engine(true, &file);
+    let erase = Operation::SecureErase {
+        offset: 0,
+        len: 4096,
+    };
+    for token in 0..3 {
+        assert!(engine.start(token, erase).is_none(), "it is in flight");
+    }
+    let chain = bench.chain(&[(DATA, 4096)], WRITE);
+    let read = Operation::Read {
+        chain: &chain,
+        offset: 0,
+        len: 4096,
+    };
+    if let Some(result) = engine.start(3, read) {
+        result.unwrap();
+    }
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut finished = Vec::new();
+    while engine.in_flight() > 0 {
+        assert!(Instant::now() < deadline);
+        engine.wait(&mut finished).unwrap();
+    }
+    for token in 0..3 {
+        let done = finished.iter().find(|done| done.token == token).unwrap();
+        // A regular file cannot do it, which the thread was told.
+        let error = done.result.as_ref().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
+    }
+    // One that is still being made when the engine goes is waited for.
+    assert!(engine.start(0, erase).is_none());
+}
+
 #[test]
 fn full_devices_and_wrong_kinds_of_file() {
     let dir = tempfile::tempdir().unwrap();

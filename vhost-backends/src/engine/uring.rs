@@ -9,11 +9,13 @@
 // UNSAFETY: entries of the submission queue carry addresses that the kernel uses until they
 // complete.
 
+use super::aside::Aside;
 use super::buffer::AlignedBuffer;
 use super::file::{ZERO_CHUNK, is_unsupported};
+use super::sleep::Sleeper;
 use super::transfer::{Direction, Transfer, chain_error};
 use super::{Engine, Finished, Operation, RawFile, Token, Wake, WakeSources};
-use crate::limits::MAX_IN_FLIGHT;
+use crate::limits::{MAX_IN_FLIGHT, MAX_POLLS};
 use crate::ring::OwnedChain;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;
@@ -22,10 +24,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
-/// Entries: every operation in flight and both polls.
-const ENTRIES: u32 = (MAX_IN_FLIGHT as u32 + 2).next_power_of_two();
+/// Entries: every operation in flight and the polls.
+const ENTRIES: u32 = (MAX_IN_FLIGHT as u32 + 3).next_power_of_two();
 const USER_KICK: u64 = u64::MAX;
 const USER_STOP: u64 = u64::MAX - 1;
+const USER_ASIDE: u64 = u64::MAX - 2;
 /// Index of the registered descriptor.
 const FIXED: types::Fixed = types::Fixed(0);
 
@@ -50,6 +53,8 @@ enum Work {
     WriteZeroes(Range, bool),
     /// Zeroes that are written; the slot's transfer is of the engine's zeroes.
     Zeroing(Range),
+    /// A call that the thread aside makes.
+    Aside,
 }
 
 /// Bytes of the disk.
@@ -76,12 +81,16 @@ pub struct UringEngine {
     slots: Vec<Slot>,
     /// What zeroes are written from; made at the first use.
     zeroes: Option<AlignedBuffer>,
+    /// For calls that io_uring has no operation for; made at the first one.
+    aside: Option<Aside>,
     in_flight: usize,
     /// Handed to the host ahead of the others since something was last over.
     fresh: usize,
     /// Whether the file system answers `RWF_NOWAIT`.
     try_cache: bool,
     stop: bool,
+    /// Times that a poll of the kick which ended is begun anew.
+    polls_left: u32,
     kick_fd: RawFd,
     stop_fd: RawFd,
 }
@@ -103,6 +112,9 @@ impl UringEngine {
         memory: Arc<GuestMemoryMmap>,
         wake: WakeSources<'_>,
     ) -> io::Result<UringEngine> {
+        // Refuses a kick that cannot be waited for, such as a regular file, as epoll does: the
+        // ring would call it ready all the time.
+        Sleeper::new(wake)?;
         let ring = build_ring()?;
         let submitter = ring.submitter();
         submitter.register_files(&[file.file().as_raw_fd()])?;
@@ -115,9 +127,11 @@ impl UringEngine {
                 .take(MAX_IN_FLIGHT)
                 .collect(),
             zeroes: None,
+            aside: None,
             in_flight: 0,
             fresh: 0,
             stop: false,
+            polls_left: MAX_POLLS,
             kick_fd: wake.kick.as_raw_fd(),
             stop_fd: wake.stop.as_raw_fd(),
         };
@@ -127,13 +141,13 @@ impl UringEngine {
     }
 
     fn poll_event(&mut self, user: u64) -> io::Result<()> {
-        let fd = if user == USER_KICK {
-            self.kick_fd
-        } else {
-            self.stop_fd
+        let fd = match (user, &self.aside) {
+            (USER_KICK, _) => self.kick_fd,
+            (USER_ASIDE, Some(aside)) => aside.event().as_raw_fd(),
+            _ => self.stop_fd,
         };
         let entry = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32)
-            .multi(user == USER_KICK)
+            .multi(user != USER_STOP)
             .build()
             .user_data(user);
         // SAFETY: a poll entry has no address in it.
@@ -174,6 +188,8 @@ impl UringEngine {
             }
             Work::WriteZeroes(range, false) => fallocate(range, libc::FALLOC_FL_ZERO_RANGE),
             Work::Direct | Work::Bounced(_) | Work::Zeroing(_) => transfer_entry(&slot.transfer),
+            // Not the ring's.
+            Work::Aside => return Ok(()),
         };
         let entry = entry.user_data(u64::from(token));
         // SAFETY: the buffers are guest memory, mapped as long as `self.memory`, or a buffer in
@@ -191,10 +207,8 @@ impl UringEngine {
             .filter(|slot| !slot.busy)
             .ok_or(io::ErrorKind::InvalidInput)?;
         slot.work = match operation {
-            // Rare, and there is no io_uring operation for it.
-            Operation::SecureErase { offset, len } => {
-                return self.file.secure_erase(offset, len).map(|()| true);
-            }
+            // There is no io_uring operation for it.
+            Operation::SecureErase { .. } => Work::Aside,
             Operation::Discard { offset, len } => Work::Discard(Range { offset, len }),
             Operation::WriteZeroes { offset, len, unmap } => {
                 Work::WriteZeroes(Range { offset, len }, unmap)
@@ -223,12 +237,32 @@ impl UringEngine {
                 }
             }
         };
+        if let Operation::SecureErase { offset, len } = operation {
+            self.call_aside(token, move |file| file.secure_erase(offset, len))?;
+        }
         self.queue(token)?;
         if let Some(slot) = self.slots.get_mut(usize::from(token)) {
             slot.busy = true;
             self.in_flight += 1;
         }
         Ok(false)
+    }
+
+    /// Has the thread aside make a call.
+    fn call_aside(
+        &mut self,
+        token: Token,
+        call: impl FnOnce(&RawFile) -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        if self.aside.is_none() {
+            self.aside = Some(Aside::new()?);
+            self.poll_event(USER_ASIDE)?;
+        }
+        let file = Arc::clone(&self.file);
+        match &self.aside {
+            Some(aside) => aside.run(token, move || call(&file)),
+            None => Err(io::ErrorKind::BrokenPipe.into()),
+        }
     }
 
     /// What a slot has to do after the host said `result`: `None` is more of the same.
@@ -245,7 +279,10 @@ impl UringEngine {
                     if !range.offset.is_multiple_of(self.file.align().offset)
                         || !range.len.is_multiple_of(self.file.align().offset)
                     {
-                        return Some(self.file.write_zeroes(range.offset, range.len, false));
+                        slot.work = Work::Aside;
+                        let zero =
+                            move |file: &RawFile| file.write_zeroes(range.offset, range.len, false);
+                        return self.call_aside(token, zero).err().map(Err);
                     }
                     slot.work = Work::Zeroing(range);
                     self.zero_next(token)
@@ -254,7 +291,7 @@ impl UringEngine {
             };
         };
         match &mut slot.work {
-            Work::Flush | Work::Discard(_) | Work::WriteZeroes(..) => Some(Ok(())),
+            Work::Flush | Work::Discard(_) | Work::WriteZeroes(..) | Work::Aside => Some(Ok(())),
             Work::Direct => match slot.transfer.advance(n) {
                 Ok(()) if !slot.transfer.is_done() => None,
                 result => Some(result),
@@ -303,13 +340,18 @@ impl UringEngine {
             self.stop = true;
             return Ok(None);
         }
-        if user == USER_KICK {
-            // A multishot poll ends when the completion queue was full.
-            if !cqueue::more(entry.flags()) {
-                // An error (a peer's descriptor that cannot be polled) must not spin.
-                if entry.result() >= 0 {
-                    self.poll_event(USER_KICK)?;
+        if user == USER_KICK || user == USER_ASIDE {
+            // A multishot poll ends when the completion queue was full. An error (a peer's
+            // descriptor that cannot be polled) must not spin, nor must one that is ready whenever
+            // it is asked.
+            if !cqueue::more(entry.flags()) && entry.result() >= 0 {
+                if user == USER_KICK {
+                    let Some(left) = self.polls_left.checked_sub(1) else {
+                        return Ok(None);
+                    };
+                    self.polls_left = left;
                 }
+                self.poll_event(user)?;
             }
             return Ok(None);
         }
@@ -320,26 +362,36 @@ impl UringEngine {
             self.queue(token)?;
             return Ok(None);
         };
+        self.release(token);
+        Ok(Some(Finished { token, result }))
+    }
+
+    /// The slot's operation is over.
+    fn release(&mut self, token: Token) {
         if let Some(slot) = self.slots.get_mut(usize::from(token)) {
             slot.busy = false;
             // Gives a buffer back.
             slot.work = Work::Direct;
+            self.in_flight -= 1;
         }
-        self.in_flight -= 1;
-        Ok(Some(Finished { token, result }))
     }
 
     /// Takes what the completion queue holds.
     fn collect(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake> {
         loop {
             let Some(entry) = self.ring.completion().next() else {
-                return Ok(Wake { stop: self.stop });
+                break;
             };
             if let Some(done) = self.completed(&entry)? {
                 self.fresh = 0;
                 finished.push(done);
             }
         }
+        while let Some(done) = self.aside.as_ref().and_then(Aside::next) {
+            self.release(done.token);
+            finished.push(done);
+        }
+        Ok(Wake { stop: self.stop })
     }
 
     fn is_busy(&self, token: Token) -> bool {

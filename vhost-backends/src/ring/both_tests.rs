@@ -280,6 +280,32 @@ fn is_marked(bits: &[u8], addr: u64) -> bool {
     bits[(page / 8) as usize] >> (page % 8) & 1 == 1
 }
 
+#[test]
+fn a_wish_for_a_kick_can_be_taken_back() {
+    for packed in [false, true] {
+        let mut driver = Driver::new(packed);
+        let mut ring = Logs::new(false, false).start(&driver, 0);
+        let serve = |driver: &mut Driver, ring: &mut Ring| {
+            let head = ring.pop().unwrap().unwrap().head();
+            ring.complete(&[Completion { head, written: 0 }]);
+            assert_eq!(driver.reap(), [(head, 0)]);
+            assert!(!ring.arm());
+        };
+        assert!(!ring.arm());
+        // Three laps, and so every index as the event.
+        for round in 0..3 * SIZE {
+            ring.disarm();
+            let (_, kick) = driver.offer(&[(DATA, 16, 0)], false).unwrap();
+            assert!(!kick, "{packed} {round}");
+            assert!(ring.arm(), "what came meanwhile is found before a sleep");
+            serve(&mut driver, &mut ring);
+            let (_, kick) = driver.offer(&[(DATA, 16, 0)], false).unwrap();
+            assert!(kick, "{packed} {round}");
+            serve(&mut driver, &mut ring);
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
 
