@@ -1,100 +1,19 @@
-//! One queue's worker: a thread, a ring, an engine, one loop.
+//! One queue's worker: a ring, an engine, one loop.
 
 use super::poll::AdaptivePoll;
 use super::request::{HEADER_LEN, LIFETIME_LEN, Request};
 use super::{Counters, Disk};
 use crate::engine::{Engine, FailedEngine, Finished, Operation, Token, Wake, WakeSources};
 use crate::limits::{MAX_BATCH, MAX_HOLD_MILLIS, MAX_IN_FLIGHT, MAX_UNPUBLISHED_BYTES};
-use crate::readiness::Event;
 use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
 use crate::session::quota::PEER_LINES;
-use crate::session::{Notifier, QueueSetup, QueueStop, QueueWorker};
+use crate::session::{Notifier, QueueStop};
 use crate::stats::{Kind, Measure, QueueStats};
 use pv_abi::virtio::block::{feature, status};
 use std::io;
-use std::os::fd::AsFd;
-use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
-
-/// Starts a worker and waits until it serves.
-pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {
-    let stop = Arc::new(Event::new()?);
-    let worker_stop = Arc::clone(&stop);
-    let last = QueueStop {
-        ring: setup.ring.save(),
-        retired: setup.ring.retired(),
-    };
-    let (started, outcome) = mpsc::sync_channel(1);
-    let thread = std::thread::Builder::new()
-        .name(format!("blk-queue-{}", setup.index))
-        .spawn(move || {
-            let memory = Arc::clone(setup.ring.memory());
-            let wake = WakeSources {
-                kick: setup.kick.as_fd(),
-                stop: worker_stop.as_fd(),
-            };
-            let store = Arc::clone(&disk.store);
-            let engine = match store.open_engine(Arc::clone(&memory), wake) {
-                Ok(engine) => engine,
-                Err(error) => {
-                    let _ = started.send(Err(error));
-                    return QueueStop {
-                        ring: setup.ring.save(),
-                        retired: None,
-                    };
-                }
-            };
-            // The caller waits for this.
-            let _ = started.send(Ok(()));
-            Worker::new(
-                disk,
-                setup.index,
-                setup.ring,
-                engine,
-                memory,
-                setup.call,
-                setup.err,
-                WriteCache::of(setup.features),
-            )
-            .run(wake)
-        })?;
-    outcome
-        .recv()
-        .map_err(|_| io::Error::other("the queue's thread ended at once"))??;
-    Ok(Box::new(Handle {
-        stop,
-        thread: Some(thread),
-        last,
-    }))
-}
-
-struct Handle {
-    stop: Arc<Event>,
-    thread: Option<JoinHandle<QueueStop>>,
-    /// Where the ring was at the start; for a thread that panicked.
-    last: QueueStop,
-}
-
-impl QueueWorker for Handle {
-    fn stop(mut self: Box<Self>) -> QueueStop {
-        self.join().unwrap_or(self.last)
-    }
-}
-
-impl Handle {
-    fn join(&mut self) -> Option<QueueStop> {
-        self.stop.set();
-        self.thread.take()?.join().ok()
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        self.join();
-    }
-}
 
 /// A request in flight.
 #[derive(Debug)]
@@ -107,7 +26,7 @@ struct Pending {
     then_flush: bool,
 }
 
-struct Worker {
+pub(super) struct Worker {
     disk: Arc<Disk>,
     index: u16,
     ring: Ring,
@@ -137,7 +56,7 @@ struct Worker {
 
 /// When a write is safe (virtio 1.3 §5.2.6.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum WriteCache {
+pub(super) enum WriteCache {
     /// After a flush.
     Back,
     /// At its end: a driver that cannot flush relies on that.
@@ -147,7 +66,7 @@ enum WriteCache {
 }
 
 impl WriteCache {
-    fn of(features: u64) -> WriteCache {
+    pub(super) fn of(features: u64) -> WriteCache {
         if features & feature::CONFIG_WCE != 0 {
             WriteCache::Chosen
         } else if features & feature::FLUSH != 0 {
@@ -159,7 +78,7 @@ impl WriteCache {
 }
 
 impl Worker {
-    fn new(
+    pub(super) fn new(
         disk: Arc<Disk>,
         index: u16,
         ring: Ring,
@@ -197,7 +116,7 @@ impl Worker {
     }
 
     /// Serves the ring until the stop event; everything that was taken is completed then.
-    fn run(mut self, wake: WakeSources<'_>) -> QueueStop {
+    pub(super) fn run(mut self, wake: WakeSources<'_>) -> QueueStop {
         self.with_stats(QueueStats::clear_in_flight);
         if let Err(error) = self.serve() {
             self.engine_failed(&error, wake);
@@ -304,11 +223,12 @@ impl Worker {
     fn poll_briefly(&mut self, may_take: bool) -> io::Result<bool> {
         let working = self.engine.in_flight() > 0;
         let mut budget = Duration::ZERO;
-        if working {
-            budget = self.host_poll.budget();
-        }
         if self.unanswered.is_some() {
-            budget = budget.max(self.driver_poll.budget());
+            budget = self.driver_poll.budget();
+        }
+        // A driver that takes its time does not wait for the disk either.
+        if working && !self.driver_poll.budget().is_zero() {
+            budget = budget.max(self.host_poll.budget());
         }
         if budget.is_zero() {
             return Ok(false);

@@ -11,6 +11,7 @@ mod request;
 mod resize;
 #[cfg(test)]
 mod tests;
+mod thread;
 
 pub use config::BlockOptions;
 pub(crate) use poll::AdaptivePoll;
@@ -217,7 +218,7 @@ impl Device for BlockDevice {
     }
 
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {
-        execute::spawn(Arc::clone(&self.disk), setup)
+        thread::spawn(Arc::clone(&self.disk), setup)
     }
 }
 

@@ -3,6 +3,10 @@
 //! A sleep and a wake cost more than a request that the page cache answers. When sleeps turn out
 //! short, looking for as long first saves them, and the kicks with them; when they turn out long,
 //! looking is waste. An idle queue stops looking after one try, so idle costs nothing.
+//!
+//! A queue keeps two of these: one for the driver's answer to completions, and one for the host,
+//! which counts only while the driver answers at once: one that takes its time does not wait for
+//! the disk either, and gets the same rate for less.
 
 use std::time::Duration;
 

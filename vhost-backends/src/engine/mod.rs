@@ -15,6 +15,7 @@
 //! | [`NbdStore`] | an export of an NBD server | one connection for each queue |
 
 mod aside;
+mod bounce;
 mod buffer;
 mod file;
 mod geometry;

@@ -10,13 +10,13 @@
 // complete.
 
 use super::aside::Aside;
+use super::bounce::Bounce;
 use super::buffer::AlignedBuffer;
 use super::file::{ZERO_CHUNK, is_unsupported};
 use super::sleep::Sleeper;
 use super::transfer::{Direction, Transfer, chain_error};
 use super::{Engine, Finished, Operation, RawFile, Token, Wake, WakeSources};
 use crate::limits::{MAX_IN_FLIGHT, MAX_POLLS};
-use crate::ring::OwnedChain;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -62,14 +62,6 @@ enum Work {
 struct Range {
     offset: u64,
     len: u64,
-}
-
-/// A buffer between the guest and the disk.
-#[derive(Debug)]
-struct Bounce {
-    buffer: AlignedBuffer,
-    /// For a read: where its bytes go, the first of them in the buffer, and how many.
-    target: Option<(OwnedChain, usize, usize)>,
 }
 
 /// io_uring and inline attempts, on one raw file.
@@ -398,59 +390,6 @@ impl UringEngine {
         self.slots
             .get(usize::from(token))
             .is_some_and(|slot| slot.busy)
-    }
-}
-
-impl Bounce {
-    /// Puts a buffer between; `None` if it is done already.
-    fn new(
-        file: &RawFile,
-        memory: &GuestMemoryMmap,
-        transfer: &mut Transfer,
-        operation: Operation<'_>,
-    ) -> io::Result<Option<Bounce>> {
-        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
-        let (Operation::Read { offset, len, .. } | Operation::Write { offset, len, .. }) =
-            operation
-        else {
-            return Ok(None);
-        };
-        let (start, size) = file.around(offset, len);
-        if let Operation::Write { chain, from, .. } = operation
-            && (start, size) != (offset, len)
-        {
-            // Reads a block, changes a part and writes it: rare enough to wait for it.
-            file.write_partial(memory, chain, from, offset, len)?;
-            return Ok(None);
-        }
-        let mut buffer = AlignedBuffer::new(usize::try_from(size).map_err(invalid)?);
-        let skip = usize::try_from(offset - start).map_err(invalid)?;
-        let bytes = usize::try_from(len).map_err(invalid)?;
-        let (direction, target) = match operation {
-            Operation::Read { chain, .. } => {
-                (Direction::Read, Some((chain.clone(), skip, skip + bytes)))
-            }
-            Operation::Write { chain, from, .. } => {
-                chain
-                    .read_at(memory, from, buffer.get_mut())
-                    .map_err(chain_error)?;
-                (Direction::Write, None)
-            }
-            _ => return Ok(None),
-        };
-        // The last block may reach past the end of the file.
-        let need = offset - start + len;
-        transfer.prepare_buffer(direction, buffer.get_mut(), start, need);
-        Ok(Some(Bounce { buffer, target }))
-    }
-
-    /// Gives the guest what was read.
-    fn deliver(&self, memory: &GuestMemoryMmap) -> io::Result<()> {
-        let Some((chain, from, to)) = &self.target else {
-            return Ok(());
-        };
-        let data = self.buffer.get().get(*from..*to).unwrap_or_default();
-        chain.write_at(memory, 0, data).map_err(chain_error)
     }
 }
 

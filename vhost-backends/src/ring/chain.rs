@@ -1,6 +1,8 @@
 //! One descriptor chain as an owned value.
 
 use super::Retire;
+use pv_abi::limits::MAX_CHAIN_LEN;
+use pv_abi::virtio::Desc;
 use smallvec::SmallVec;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
@@ -182,7 +184,7 @@ impl OwnedChain {
 }
 
 /// Whether a buffer lies in memory.
-pub(super) fn check_buffer(mem: &GuestMemoryMmap, addr: u64, len: u32) -> Result<(), Retire> {
+fn check_buffer(mem: &GuestMemoryMmap, addr: u64, len: u32) -> Result<(), Retire> {
     let start = GuestAddress(addr);
     // Nearly always in one region.
     if len > 0 && mem.get_slice(start, len as usize).is_ok() {
@@ -196,6 +198,31 @@ pub(super) fn check_buffer(mem: &GuestMemoryMmap, addr: u64, len: u32) -> Result
     } else {
         Err(Retire::BadAddress { addr, len })
     }
+}
+
+/// Entries of the indirect table that a descriptor names, if the driver may name one here and it is
+/// of a length that a chain may have (virtio 1.3 §2.7.5.3, §2.8.7).
+pub(super) fn indirect_entries(
+    mem: &GuestMemoryMmap,
+    negotiated: bool,
+    (addr, len): (u64, u32),
+    has_next: bool,
+) -> Result<u16, Retire> {
+    const ENTRY: u32 = size_of::<Desc>() as u32;
+    if !negotiated {
+        return Err(Retire::IndirectNotNegotiated);
+    }
+    if has_next {
+        return Err(Retire::IndirectWithNext);
+    }
+    // Before the table is touched: a table may claim 2^28 entries.
+    let bad = Retire::BadIndirectLen { len };
+    let count = u16::try_from(len / ENTRY).map_err(|_| bad)?;
+    if len == 0 || !len.is_multiple_of(ENTRY) || usize::from(count) > MAX_CHAIN_LEN {
+        return Err(bad);
+    }
+    check_buffer(mem, addr, len)?;
+    Ok(count)
 }
 
 fn slices<'m>(

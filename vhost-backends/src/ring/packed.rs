@@ -4,7 +4,7 @@
 //! ones, and the flags of each say whose it is. A chain is read once, checked, and named by its
 //! buffer id from then on; ids are below the ring's size, as every driver has it.
 
-use super::chain::check_buffer;
+use super::chain::indirect_entries;
 use super::crash::{Point, hit};
 use super::dirty::RingDirty;
 use super::inflight::{LoggedDesc, PackedLog, QueueLog};
@@ -364,22 +364,10 @@ impl PackedRing {
                 chain.take(&self.mem, desc.addr, desc.len, desc.flags & WRITE != 0)?;
                 continue;
             }
-            if !self.config.indirect {
-                return Err(Retire::IndirectNotNegotiated);
-            }
-            if desc.flags & NEXT != 0 {
-                return Err(Retire::IndirectWithNext);
-            }
-            // Before the table is touched: a table may claim 2^28 entries.
-            let count = desc.len / DESC as u32;
-            if desc.len == 0
-                || !desc.len.is_multiple_of(DESC as u32)
-                || count as usize > MAX_CHAIN_LEN
-            {
-                return Err(Retire::BadIndirectLen { len: desc.len });
-            }
-            check_buffer(&self.mem, desc.addr, desc.len)?;
-            total += count as usize;
+            let more = desc.flags & NEXT != 0;
+            let place = (desc.addr, desc.len);
+            let count = indirect_entries(&self.mem, self.config.indirect, place, more)?;
+            total += usize::from(count);
             // All entries belong to the chain, in order (virtio 1.3 §2.8.7).
             for n in 0..u64::from(count) {
                 let inner = self.table_desc(at(GuestAddress(desc.addr), DESC * n))?;

@@ -6,7 +6,7 @@
 //! malformed chain, logs each one and follows indirect tables of 65,535 entries), the used ring
 //! (it publishes element by element), and the test whether to signal (it ignores `NO_INTERRUPT`).
 
-use super::chain::check_buffer;
+use super::chain::indirect_entries;
 use super::crash::{Point, hit};
 use super::dirty::RingDirty;
 use super::inflight::{QueueLog, SplitLog};
@@ -320,8 +320,13 @@ impl SplitRing {
             let desc = self.descriptor(table, next)?;
             taken += 1;
             if desc.flags & desc_flag::INDIRECT != 0 {
-                let entered = self.enter_indirect(desc, indirect)?;
-                (table, count) = (Some(entered.0), entered.1);
+                if indirect {
+                    return Err(Retire::NestedIndirect);
+                }
+                let more = desc.flags & desc_flag::NEXT != 0;
+                let place = (desc.addr, desc.len);
+                count = indirect_entries(&self.mem, self.indirect, place, more)?;
+                table = Some(GuestAddress(desc.addr));
                 (indirect, taken, next) = (true, 0, 0);
                 continue;
             }
@@ -356,26 +361,6 @@ impl SplitRing {
             .read_slice(&mut bytes, at(table, offset))
             .map_err(|_| Retire::RingAccess)?;
         Desc::read_from_bytes(&bytes).map_err(|_| Retire::RingAccess)
-    }
-
-    fn enter_indirect(&self, desc: Desc, nested: bool) -> Result<(GuestAddress, u16), Retire> {
-        if !self.indirect {
-            return Err(Retire::IndirectNotNegotiated);
-        }
-        if nested {
-            return Err(Retire::NestedIndirect);
-        }
-        if desc.flags & desc_flag::NEXT != 0 {
-            return Err(Retire::IndirectWithNext);
-        }
-        // Before the table is touched: a table may claim 65,535 entries.
-        let count = desc.len / 16;
-        if desc.len == 0 || !desc.len.is_multiple_of(16) || count as usize > MAX_CHAIN_LEN {
-            return Err(Retire::BadIndirectLen { len: desc.len });
-        }
-        check_buffer(&self.mem, desc.addr, desc.len)?;
-        // At most MAX_CHAIN_LEN.
-        Ok((GuestAddress(desc.addr), count as u16))
     }
 
     fn is_in_flight(&self, head: u16) -> bool {
