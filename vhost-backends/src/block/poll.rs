@@ -63,4 +63,17 @@ mod tests {
         poll.slept(MOST + Duration::from_nanos(1));
         assert_eq!(poll.budget(), Duration::ZERO);
     }
+
+    #[test]
+    fn an_answer_counts_from_the_end_of_the_look() {
+        let mut poll = AdaptivePoll::default();
+        poll.answered(Duration::from_micros(30));
+        assert_eq!(poll.budget(), LEAST);
+        poll.answered(LEAST - Duration::from_nanos(1));
+        assert_eq!(poll.budget(), LEAST, "the look found it");
+        poll.answered(LEAST + MOST);
+        assert_eq!(poll.budget(), 2 * LEAST);
+        poll.answered(2 * LEAST + MOST + Duration::from_nanos(1));
+        assert_eq!(poll.budget(), Duration::ZERO);
+    }
 }
