@@ -7,7 +7,8 @@ mod support {
 
 use std::sync::Arc;
 use support::net::{
-    Buffer, CSUM, CTRL, EVENT_IDX, GUEST_CSUM, GUEST_LARGE, HOST_LARGE, MRG, NetFront, VERSION_1,
+    Buffer, CSUM, CTRL, EVENT_IDX, GUEST_CSUM, GUEST_LARGE, HASH_REPORT, HOST_LARGE, MQ, MRG,
+    NetFront, RSS, VERSION_1,
 };
 use support::raw::{self, PACKED};
 use vhost_backends::net::port::{Loopback, Port, Switch};
@@ -482,4 +483,74 @@ fn qemus_order_of_messages() {
     assert!(!client.set(19, &[0; 6], &[]), "too short");
     assert!(client.set(39, &1u64.to_ne_bytes(), &[]), "a status");
     assert_eq!(client.query_u64(40), 1);
+}
+
+/// A TCP packet on IPv4, from this port.
+fn tcp(port: u16) -> Vec<u8> {
+    let mut bytes = frame(MAC, MAC, 12);
+    bytes.extend([0x08, 0, 0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0]);
+    bytes.extend([66, 9, 149, 187, 161, 142, 100, 80]);
+    bytes.extend(port.to_be_bytes());
+    bytes.extend(1766u16.to_be_bytes());
+    bytes.resize(60, 0);
+    bytes
+}
+
+const KEY: [u8; 40] = [
+    0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0,
+    0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c,
+    0x6a, 0x42, 0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
+];
+
+#[test]
+fn several_pairs_by_flow_and_by_hash() {
+    for format in FORMATS {
+        let options = NetOptions::with_mac(MAC).pairs(4);
+        let device = Arc::new(NetDevice::new(Arc::new(Loopback::default()), options));
+        let features = BASE | CTRL | MQ | RSS | HASH_REPORT | format;
+        let mut front = NetFront::start(device.clone(), features, 9);
+        let header = [0; 20];
+        for pair in 0..4 {
+            for _ in 0..24 {
+                assert!(front.offer_receive(2 * pair, 200));
+            }
+        }
+        // One pair at first, whatever queue it is sent on.
+        front.send(5, &header, &tcp(1));
+        assert_eq!(front.receive(0).1, tcp(1));
+        for bad in [0u16, 5, 0xffff] {
+            assert_eq!(front.command(8, &[&[4, 0], &bad.to_le_bytes()]), 1);
+        }
+        assert_eq!(front.command(8, &[&[4, 0], &4u16.to_le_bytes()]), 0);
+        // A flow comes back on the pair that it is sent on.
+        for pair in [3, 1, 2, 0] {
+            front.send(2 * pair + 1, &header, &tcp(77));
+            assert_eq!(front.receive(2 * pair).1, tcp(77), "pair {pair}");
+        }
+        // By hash: a known one, and as its entry of the table says.
+        let table: Vec<u8> = [3u16, 2, 1, 0]
+            .iter()
+            .flat_map(|p| p.to_le_bytes())
+            .collect();
+        let start = [
+            &0x3fu32.to_le_bytes()[..],
+            &3u16.to_le_bytes(),
+            &2u16.to_le_bytes(),
+        ]
+        .concat();
+        let end = [&4u16.to_le_bytes()[..], &[40], &KEY].concat();
+        assert_eq!(front.command(8, &[&[4, 1], &start, &table, &end]), 0);
+        let known = 0x51cc_c178u32;
+        front.send(1, &header, &tcp(2794));
+        let pair = 3 - (known as usize & 3);
+        let (head, got) = front.receive(2 * pair);
+        assert_eq!(got, tcp(2794));
+        assert_eq!(head[12..16], known.to_le_bytes());
+        assert_eq!(head[16..20], [2, 0, 0, 0], "TCP on IPv4");
+        // What has no hash.
+        front.send(1, &header, &frame(MAC, MAC, 60));
+        let (head, _) = front.receive(4);
+        assert_eq!(head[12..20], [0; 8]);
+        assert_eq!(front.command(8, &[&[4, 1], &start, &table, &end[..20]]), 1);
+    }
 }

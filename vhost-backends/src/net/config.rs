@@ -1,7 +1,8 @@
 //! What the device offers, and its configuration space (virtio 1.3 §5.1.3, §5.1.4).
 
 use super::frame::Mac;
-use super::limits::MAX_QUEUE_PAIRS;
+use super::limits::{MAX_QUEUE_PAIRS, MAX_RSS_KEY, MAX_RSS_TABLE};
+use super::rss::HASH_TYPES;
 use pv_abi::virtio::feature as ring;
 use pv_abi::virtio::net::{Config, feature, status};
 use zerocopy::IntoBytes;
@@ -78,7 +79,8 @@ pub(super) fn features(options: &NetOptions) -> u64 {
         | feature::CTRL_RX_EXTRA
         | feature::CTRL_VLAN
         | feature::CTRL_MAC_ADDR
-        | feature::GUEST_ANNOUNCE;
+        | feature::GUEST_ANNOUNCE
+        | feature::HASH_REPORT;
     if options.mtu.is_some() {
         features |= feature::MTU;
     }
@@ -99,7 +101,10 @@ pub(super) fn space(options: &NetOptions, mac: Mac, up: bool, announce: bool) ->
         mtu: options.mtu.unwrap_or(0).to_le(),
         speed: u32::MAX,
         duplex: u8::MAX,
-        ..Config::default()
+        // Both fit their fields.
+        rss_max_key_size: MAX_RSS_KEY as u8,
+        rss_max_indirection_table_length: (MAX_RSS_TABLE as u16).to_le(),
+        supported_hash_types: HASH_TYPES.to_le(),
     };
     config.as_bytes().to_vec()
 }

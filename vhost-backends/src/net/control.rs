@@ -2,6 +2,7 @@
 
 use super::limits::{MAX_BATCH, MAX_CONTROL_BYTES};
 use super::port::Port;
+use super::rss::Hashing;
 use super::worker::{self, Wake};
 use super::{Link, Offloads};
 use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
@@ -146,7 +147,24 @@ impl Commands {
                 (1..=self.link.options.queue_pairs)
                     .contains(&pairs)
                     .then_some(())?;
+                // Spreading by hashes ends; what is reported goes on.
+                if self.link.hashing().is_some_and(|hashing| hashing.spreads()) {
+                    self.link.set_hashing(None);
+                }
                 self.link.set_active_pairs(pairs, &*self.port);
+                Some(())
+            }
+            control::MQ_RSS_CONFIG => {
+                self.has(feature::RSS)?;
+                let pairs = self.link.options.queue_pairs;
+                let hashing = Hashing::parse_rss(body, pairs)?;
+                self.link.set_active_pairs(pairs, &*self.port);
+                self.link.set_hashing(Some(hashing));
+                Some(())
+            }
+            control::MQ_HASH_CONFIG => {
+                self.has(feature::HASH_REPORT)?;
+                self.link.set_hashing(Some(Hashing::parse_report(body)?));
                 Some(())
             }
             control::GUEST_OFFLOADS_SET => {

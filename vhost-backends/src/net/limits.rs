@@ -31,6 +31,10 @@ pub const STREAM_RETRY_MILLIS: u64 = 200;
 /// Buffers that one frame is spread over, so that a driver with tiny ones cannot make one frame
 /// cost a whole ring of them: 64 KiB in buffers of 512 bytes.
 pub const MAX_MERGED: usize = 130;
+/// Bytes of an RSS key: as many as an IPv6 packet with ports needs (virtio 1.3 §5.1.6.5.7.1).
+pub const MAX_RSS_KEY: usize = 40;
+/// Entries of an RSS indirection table; what drivers use.
+pub const MAX_RSS_TABLE: usize = 128;
 /// Bytes of a frame that a capture keeps: all, for the longest.
 pub const CAPTURE_SNAP: usize = 1 << 17;
 /// Bytes of a capture that wait for its reader: beyond, frames are left out.

@@ -22,6 +22,7 @@ pub mod limits;
 mod offload;
 pub mod port;
 mod receive;
+mod rss;
 mod source;
 mod stats;
 mod steering;
@@ -46,6 +47,7 @@ use filter::Filter;
 use port::Port;
 use pv_abi::virtio::feature as ring;
 use pv_abi::virtio::net::{Header, LEGACY_HEADER_LEN, feature};
+use rss::Hashing;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
@@ -75,6 +77,7 @@ pub(crate) struct Link {
     /// Pairs of queues that the driver uses.
     active_pairs: AtomicU16,
     steering: Steering,
+    hashing: RwLock<Option<Arc<Hashing>>>,
     capture: Capture,
     pub(crate) limiter: Limiter,
     pub(crate) stats: NetStats,
@@ -104,6 +107,16 @@ impl Link {
         self.active_pairs.load(Ordering::Relaxed)
     }
 
+    fn hashing(&self) -> Option<Arc<Hashing>> {
+        let hashing = self.hashing.read().unwrap_or_else(PoisonError::into_inner);
+        hashing.clone()
+    }
+
+    fn set_hashing(&self, hashing: Option<Hashing>) {
+        let mut now = self.hashing.write().unwrap_or_else(PoisonError::into_inner);
+        *now = hashing.map(Arc::new);
+    }
+
     fn set_active_pairs(&self, pairs: u16, port: &dyn Port) {
         if self.active_pairs.swap(pairs, Ordering::Relaxed) != pairs {
             port.set_pairs(pairs);
@@ -114,6 +127,7 @@ impl Link {
     fn reset(&self, port: &dyn Port) {
         self.change_filter(|filter| *filter = Filter::open(self.options.mac));
         self.guest_offloads.store(u64::MAX, Ordering::Relaxed);
+        self.set_hashing(None);
         self.set_active_pairs(1, port);
     }
 
@@ -146,6 +160,7 @@ impl NetDevice {
             guest_offloads: AtomicU64::new(u64::MAX),
             active_pairs: AtomicU16::new(1),
             steering: Steering::default(),
+            hashing: RwLock::default(),
             capture: Capture::default(),
             limiter: Limiter::default(),
             stats: NetStats::default(),
@@ -227,7 +242,9 @@ impl Device for NetDevice {
     }
 
     fn features(&self) -> u64 {
-        config::features(&self.options)
+        // Where a port reads for each queue, it has spread the frames already.
+        let spreads = self.options.queue_pairs > 1 && self.port.source(0).is_none();
+        config::features(&self.options) | if spreads { feature::RSS } else { 0 }
     }
 
     fn config(&self) -> Vec<u8> {

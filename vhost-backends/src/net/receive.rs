@@ -42,6 +42,11 @@ impl Inlet {
             return self.link.stats.drop(Drop::LinkDown, count);
         }
         let active = self.link.active_pairs();
+        let hashing = if active > 1 {
+            self.link.hashing()
+        } else {
+            None
+        };
         let mut held: Option<(u16, MutexGuard<'_, Option<RxQueue>>)> = None;
         let mut tally = Tally::default();
         for frame in frames {
@@ -50,7 +55,8 @@ impl Inlet {
                 continue;
             }
             let index = if active > 1 {
-                self.link.steering.queue_for(frame, active)
+                let hashed = hashing.as_ref().and_then(|hashing| hashing.pair(frame));
+                hashed.unwrap_or_else(|| self.link.steering.queue_for(frame, active))
             } else {
                 0
             };
@@ -122,6 +128,8 @@ pub(super) struct RxQueue {
     done: Vec<Completion>,
     scratch: Scratch,
     retired: bool,
+    /// The ring was empty when a frame of this batch needed a buffer.
+    empty: bool,
 }
 
 /// Why a frame did not get into buffers.
@@ -149,6 +157,7 @@ impl RxQueue {
             done: Vec::new(),
             scratch: Scratch::default(),
             retired: false,
+            empty: false,
         }
     }
 
@@ -186,7 +195,7 @@ impl RxQueue {
     fn put(&mut self, frame: &Frame<'_>, tally: &mut Tally) {
         match self.gather(self.header_len + frame.len()) {
             Ok(count) => {
-                let mut source = Source::new(frame.pieces());
+                let mut source = Source::new(frame.pieces(), self.report(frame));
                 let mut header = frame.header;
                 header.num_buffers = count as u16;
                 self.fill(count, (frame.len(), 0), header, &mut source);
@@ -195,6 +204,19 @@ impl RxQueue {
             Err(NoRoom::Empty) => tally.drop(Drop::NoBuffer),
             Err(NoRoom::Small) => tally.drop(Drop::TooSmall),
         }
+    }
+
+    /// What the driver is told about a frame's hash, if it wants that.
+    pub(super) fn report(&self, frame: &Frame<'_>) -> Option<HashReport> {
+        if !self.reports() {
+            return None;
+        }
+        self.link.hashing().map(|hashing| hashing.report(frame))
+    }
+
+    /// Whether the driver negotiated hash reports.
+    pub(super) fn reports(&self) -> bool {
+        self.features & feature::HASH_REPORT != 0
     }
 
     /// Makes sure that the first staged buffers have this much room together. How many it takes.
@@ -225,10 +247,16 @@ impl RxQueue {
 
     /// Takes one more buffer from the ring, if there is one.
     fn stage(&mut self) -> bool {
+        if self.empty {
+            return false;
+        }
         loop {
             let chain = match self.ring.pop() {
                 Ok(Some(chain)) => chain,
-                Ok(None) => return false,
+                Ok(None) => {
+                    self.empty = true;
+                    return false;
+                }
                 Err(reason) => {
                     if !std::mem::replace(&mut self.retired, true) {
                         self.link.ring_retired(&reason);
@@ -296,6 +324,7 @@ impl RxQueue {
 
     /// Publishes what was filled, and calls the driver if it wants that.
     pub(super) fn publish(&mut self) {
+        self.empty = false;
         if self.done.is_empty() {
             return;
         }
@@ -349,7 +378,7 @@ impl RxQueue {
     /// `room`; what did not fit there is in `rest`.
     pub(super) fn commit(
         &mut self,
-        header: Header,
+        (header, hash): (Header, Option<HashReport>),
         (len, room): (usize, usize),
         rest: &mut [u8],
         tally: &mut Tally,
@@ -363,7 +392,7 @@ impl RxQueue {
                 let pieces = [VolatileSlice::from(
                     rest.get_mut(..more).unwrap_or_default(),
                 )];
-                let mut source = Source::new(&pieces);
+                let mut source = Source::new(&pieces, hash);
                 let header = Header {
                     num_buffers: count as u16,
                     ..header
@@ -414,9 +443,15 @@ struct Source<'s> {
 }
 
 impl<'s> Source<'s> {
-    fn new(pieces: &'s [VolatileSlice<'s, ()>]) -> Source<'s> {
+    fn new(pieces: &'s [VolatileSlice<'s, ()>], hash: Option<HashReport>) -> Source<'s> {
+        let mut header = [0; MOST_HEADER];
+        if let (Some(hash), Some(to)) =
+            (hash, header.last_chunk_mut::<{ size_of::<HashReport>() }>())
+        {
+            to.copy_from_slice(hash.as_bytes());
+        }
         Source {
-            header: [0; MOST_HEADER],
+            header,
             head: 0..0,
             pieces,
             offset: 0,

@@ -191,7 +191,9 @@ impl Reader<'_> {
         if !offloads.checksum {
             head.flags &= !header_flag::DATA_VALID;
         }
-        if !filter.promiscuous || !is_plain(&head) || self.link.capture.is_on() {
+        let mut hash = None;
+        let looked_at = self.link.capture.is_on() || self.queue.reports();
+        if !filter.promiscuous || !is_plain(&head) || looked_at {
             let more = len.saturating_sub(room);
             views.push(VolatileSlice::from(
                 overflow.get_mut(..more).unwrap_or_default(),
@@ -212,9 +214,11 @@ impl Reader<'_> {
             if self.link.capture.is_on() {
                 self.link.capture.frame(&frame, Direction::ToGuest);
             }
+            hash = self.queue.report(&frame);
         }
         let rest = overflow.get_mut(..).unwrap_or_default();
-        self.queue.commit(head, (len, room), rest, &mut self.tally);
+        self.queue
+            .commit((head, hash), (len, room), rest, &mut self.tally);
         Ok(true)
     }
 

@@ -116,6 +116,7 @@ impl Ring {
 }
 
 impl DeviceRing for Ring {
+    #[inline]
     fn pop(&mut self) -> Result<Option<OwnedChain>, Retire> {
         either!(self, ring => ring.pop())
     }

@@ -25,6 +25,7 @@ unsafe impl Sync for Mapped {}
 
 impl Mapped {
     /// Where `T` lies. Every `T` here is an atomic integer without padding.
+    #[inline]
     fn at<T>(&self, offset: u64) -> Result<NonNull<T>, Retire> {
         let offset = usize::try_from(offset).map_err(|_| Retire::RingAccess)?;
         let inside = offset
@@ -42,18 +43,21 @@ impl Mapped {
         }
     }
 
+    #[inline]
     pub(super) fn load16(&self, offset: u64, order: Ordering) -> Result<u16, Retire> {
         // SAFETY: mapped and aligned; others change it at most as atomically as this reads it.
         let value = unsafe { self.at::<AtomicU16>(offset)?.as_ref() }.load(order);
         Ok(u16::from_le(value))
     }
 
+    #[inline]
     pub(super) fn store16(&self, offset: u64, value: u16, order: Ordering) -> Result<(), Retire> {
         // SAFETY: as in `load16`.
         unsafe { self.at::<AtomicU16>(offset)?.as_ref() }.store(value.to_le(), order);
         Ok(())
     }
 
+    #[inline]
     pub(super) fn store32(&self, offset: u64, value: u32) -> Result<(), Retire> {
         // SAFETY: as in `load16`. Ordering: Relaxed, what publishes it comes later.
         unsafe { self.at::<AtomicU32>(offset)?.as_ref() }.store(value.to_le(), Ordering::Relaxed);
@@ -61,6 +65,7 @@ impl Mapped {
     }
 
     /// Asks the processor for a place that will be read soon. One outside is let be.
+    #[inline]
     pub(super) fn prefetch(&self, offset: u64) {
         if let Ok(place) = self.at::<AtomicU16>(offset) {
             // SAFETY: a hint that reads nothing; SSE is there on every x86-64.
@@ -69,6 +74,7 @@ impl Mapped {
     }
 
     /// Eight bytes, the first in the lowest.
+    #[inline]
     pub(super) fn load64(&self, offset: u64) -> Result<u64, Retire> {
         // SAFETY: as in `load16`. Ordering: Relaxed, what published it was acquired.
         let value = unsafe { self.at::<AtomicU64>(offset)?.as_ref() }.load(Ordering::Relaxed);

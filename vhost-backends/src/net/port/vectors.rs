@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 // UNSAFETY: readv, writev, sendmsg on guest memory, which no Rust slice may describe.
 
+use smallvec::SmallVec;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use vm_memory::VolatileSlice;
@@ -12,13 +13,13 @@ pub(in crate::net) const MOST: usize = 1000;
 /// Room for the vectors of a call.
 #[derive(Debug)]
 struct Vectors {
-    list: Vec<libc::iovec>,
+    list: SmallVec<[libc::iovec; 8]>,
 }
 
 impl Vectors {
     fn new(pieces: usize) -> Vectors {
         Vectors {
-            list: Vec::with_capacity(pieces + 2),
+            list: SmallVec::with_capacity(pieces + 2),
         }
     }
 
