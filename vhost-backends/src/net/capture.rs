@@ -49,9 +49,14 @@ impl Capture {
             client,
             backlog: head(name),
         };
-        sink.flush()?;
-        *self.lock() = Some(sink);
+        // Whoever has read the head gets every frame from then on: they wait for this lock.
+        let mut guard = self.lock();
         self.on.store(true, Ordering::Relaxed);
+        if let Err(error) = sink.flush() {
+            self.on.store(guard.is_some(), Ordering::Relaxed);
+            return Err(error);
+        }
+        *guard = Some(sink);
         Ok(())
     }
 
