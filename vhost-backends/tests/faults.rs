@@ -438,3 +438,48 @@ fn malformed_qcow2_is_an_error_and_nothing_else() {
     println!("{refused} refused, {survived} served");
     assert!(refused > 100 && survived > 0, "{refused} {survived}");
 }
+
+#[test]
+fn a_block_device_that_becomes_read_only_is_counted_and_reads_go_on() {
+    if !is_root() {
+        println!("SKIPPED: only root can make a block device");
+        return;
+    }
+    for direct in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        std::fs::write(&image, vec![0; MIB]).unwrap();
+        let Some(device) = Loop::attach(&image, "512") else {
+            println!("SKIPPED: no loop devices here");
+            return;
+        };
+        let options = FileOptions {
+            read_only: false,
+            direct,
+        };
+        let file = RawFile::open(&device.0, options).unwrap();
+        let (socket, server, served) = serve_store(dir.path(), Arc::new(file), 1);
+        let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+        assert_eq!(front.write_sync(0, 4096, &pattern(1, 4096)), 0);
+        let set = |how: &str| {
+            let status = Command::new("blockdev").arg(how).arg(&device.0).status();
+            status.is_ok_and(|status| status.success())
+        };
+        if !set("--setro") {
+            println!("SKIPPED: no blockdev to make a device read-only with");
+            return;
+        }
+        assert_ne!(front.write_sync(0, 4096, &pattern(2, 4096)), 0);
+        assert_eq!(front.read_sync(0, 4096, 4096), (0, pattern(1, 4096)));
+        assert!(set("--setrw"));
+        assert_eq!(front.write_sync(0, 4096, &pattern(3, 4096)), 0);
+        drop(front);
+        server.stop().unwrap();
+        let stats = served.stats();
+        assert_eq!(
+            (stats.host_errors, stats.not_writable),
+            (1, 1),
+            "direct: {direct}"
+        );
+    }
+}
