@@ -40,6 +40,12 @@ pub const MAX_UNPUBLISHED_BYTES: u64 = 32 << 10;
 pub const MAX_PEER_LINES: u32 = 64;
 /// Seconds after which as many lines may be said again.
 pub const PEER_LINES_SECS: u64 = 60;
+/// Descriptors of one queue that is served: its three events, twice while they are exchanged, and
+/// what its thread waits with.
+pub const QUEUE_DESCRIPTORS: u64 = 9;
+/// Descriptors of one device besides: its socket, a connection and the way back, two logs, and a
+/// table of memory.
+pub const DEVICE_DESCRIPTORS: u64 = 5 + MAX_TABLE_REGIONS as u64;
 /// Milliseconds before a connection is taken again where the process has no room for one.
 pub const ACCEPT_RETRY_MILLIS: u64 = 50;
 /// Seconds that a frontend may take to confirm what a device tells it.

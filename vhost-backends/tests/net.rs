@@ -5,14 +5,19 @@ mod support {
     pub(crate) mod raw;
 }
 
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 use support::net::{
-    Buffer, CSUM, CTRL, EVENT_IDX, GUEST_CSUM, GUEST_LARGE, HASH_REPORT, HOST_LARGE, MQ, MRG,
-    NetFront, RSS, VERSION_1,
+    Buffer, CSUM, CTRL, EVENT_IDX, GUEST_CSUM, GUEST_LARGE, HASH_REPORT, HOST_LARGE, MQ, MRG, MTU,
+    NetFront, RSS, TIMEOUT, VERSION_1,
 };
 use support::raw::{self, PACKED};
-use vhost_backends::net::port::{Loopback, Port, Switch};
-use vhost_backends::net::{Drop, Mac, NetDevice, NetOptions};
+use vhost_backends::net::port::{Loopback, Port, Stream, StreamAddress, Switch};
+use vhost_backends::net::{Drop, Frame, Mac, NetDevice, NetOptions, Offloads};
 
 const MAC: Mac = Mac([0x52, 0x54, 0, 0, 0, 1]);
 const PLAIN: [u8; 12] = [0; 12];
@@ -50,7 +55,7 @@ fn frames_of_every_length_come_back_or_are_dropped() {
             let before = device.stats().snapshot();
             front.send(1, &PLAIN, &sent);
             let after = device.stats().snapshot();
-            if (14..=65_553).contains(&len) && len <= 30 * 2048 {
+            if (14..=65_550).contains(&len) && len <= 30 * 2048 {
                 let (head, got) = front.receive(0);
                 assert!(got == sent, "{len} bytes");
                 assert_eq!(head[..10], [0; 10]);
@@ -114,6 +119,125 @@ fn wrong_headers_are_dropped_and_counted() {
         let (head, got) = front.receive(0);
         assert_eq!((head[0], &head[6..]), (1, &[34, 0, 16, 0, 1, 0][..]));
         assert!(got == sent);
+    }
+}
+
+/// A large TCP or UDP frame on IPv4 of so many bytes of payload, and its header.
+fn large(to: Mac, udp: bool, payload: usize, size: u16) -> ([u8; 12], Vec<u8>) {
+    let transport: usize = if udp { 8 } else { 20 };
+    let mut bytes = [to.0, mac(1).0].concat();
+    bytes.extend([0x08, 0, 0x45, 0]);
+    bytes.extend(((20 + transport + payload) as u16).to_be_bytes());
+    let protocol = if udp { 17 } else { 6 };
+    bytes.extend([0, 1, 0, 0, 64, protocol, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    let mut head = vec![0; transport];
+    if !udp {
+        head[12] = 0x50;
+    }
+    bytes.extend(head);
+    bytes.resize(bytes.len() + payload, 7);
+    let kind = if udp { 5 } else { 1 };
+    (header(1, kind, size, 34, if udp { 6 } else { 16 }), bytes)
+}
+
+#[test]
+fn what_would_be_cut_into_crumbs_is_refused() {
+    let device = device(Loopback::default());
+    let features = BASE | MRG | CSUM | GUEST_CSUM | HOST_LARGE | GUEST_LARGE;
+    let mut front = NetFront::start(device.clone(), features, 2);
+    let mut refused = 0;
+    for (udp, payload, size, well) in [
+        (false, 60_000, 1, false),
+        (false, 60_000, 47, false),
+        (false, 60_000, 48, true),
+        (true, 129, 1, false),
+        (true, 128, 1, true),
+        (true, 60_000, 468, false),
+        (true, 60_000, 469, true),
+    ] {
+        while front.in_flight(0) < 30 {
+            assert!(front.offer_receive(0, 4096));
+        }
+        let (head, bytes) = large(MAC, udp, payload, size);
+        front.send(1, &head, &bytes);
+        if well {
+            assert!(front.receive(0).1 == bytes, "{payload} by {size}");
+        } else {
+            refused += 1;
+        }
+        let stats = device.stats().snapshot();
+        assert_eq!(
+            stats.dropped(Drop::BadHeader),
+            refused,
+            "{payload} by {size}"
+        );
+    }
+}
+
+#[test]
+fn a_frame_is_cut_no_further_than_there_is_room() {
+    // Who receives takes no large frames, and has room for three pieces of one.
+    let (devices, mut fronts) = switched(2, BASE | MRG | CSUM | HOST_LARGE);
+    for _ in 0..3 {
+        assert!(fronts[1].offer_receive(0, 2048));
+    }
+    let (head, bytes) = large(mac(2), false, 48 * 1000, 48);
+    fronts[0].send(1, &head, &bytes);
+    for _ in 0..3 {
+        assert_eq!(fronts[1].receive(0).1.len(), 54 + 48);
+    }
+    let stats = devices[1].stats().snapshot();
+    assert_eq!(
+        (stats.received_frames, stats.dropped(Drop::NoBuffer)),
+        (3, 1)
+    );
+}
+
+#[test]
+fn a_large_frame_floods_as_its_pieces_would() {
+    let (devices, mut fronts) = switched(3, BASE | MRG | CSUM | HOST_LARGE);
+    for _ in 0..40 {
+        let (head, bytes) = large(Mac([0xff; 6]), false, 48 * 1300, 48);
+        fronts[0].send(1, &head, &bytes);
+    }
+    let stats = devices[0].stats().snapshot();
+    println!("{} of 40 were dropped", stats.dropped(Drop::Flood));
+    assert!(stats.dropped(Drop::Flood) > 0);
+}
+
+#[test]
+fn frames_beyond_the_mtu_are_dropped() {
+    for format in FORMATS {
+        let mut options = NetOptions::with_mac(MAC);
+        options.mtu = Some(1500);
+        let port = Arc::new(Loopback::default());
+        let device = Arc::new(NetDevice::new(port, options));
+        for (features, told) in [(BASE | MTU, true), (BASE, false)] {
+            let mut front = NetFront::start(device.clone(), features | format, 2);
+            let before = device.stats().snapshot().dropped(Drop::Length);
+            let mut dropped = 0;
+            for (len, tagged, well) in [
+                (1514, false, true),
+                (1515, false, false),
+                (1518, true, true),
+                (1519, true, false),
+                (4000, false, false),
+            ] {
+                assert!(front.offer_receive(0, 5000));
+                let mut sent = frame(MAC, MAC, len);
+                if tagged {
+                    sent[12..16].copy_from_slice(&[0x81, 0, 0, 5]);
+                }
+                front.send(1, &PLAIN, &sent);
+                if well || !told {
+                    assert_eq!(front.receive(0).1, sent);
+                } else {
+                    dropped += 1;
+                }
+                let after = device.stats().snapshot().dropped(Drop::Length);
+                assert_eq!(after - before, dropped, "{len} bytes, told: {told}");
+            }
+        }
     }
 }
 
@@ -553,4 +677,188 @@ fn several_pairs_by_flow_and_by_hash() {
         assert_eq!(head[12..20], [0; 8]);
         assert_eq!(front.command(8, &[&[4, 1], &start, &table, &end[..20]]), 1);
     }
+}
+
+/// A network that only remembers what it is told.
+#[derive(Debug, Default)]
+struct Told {
+    pairs: Mutex<Vec<u16>>,
+    offloads: Mutex<Vec<Offloads>>,
+}
+
+impl Port for Told {
+    fn offloads(&self) -> Offloads {
+        Offloads::ALL
+    }
+
+    fn set_guest_offloads(&self, offloads: Offloads) {
+        self.offloads.lock().unwrap().push(offloads);
+    }
+
+    fn set_pairs(&self, pairs: u16) {
+        self.pairs.lock().unwrap().push(pairs);
+    }
+
+    fn send(&self, _pair: u16, frames: &[Frame<'_>]) -> usize {
+        frames.len()
+    }
+}
+
+#[test]
+fn without_a_control_queue_the_open_pairs_are_in_use() {
+    let port = Arc::new(Told::default());
+    let options = NetOptions::with_mac(MAC).pairs(2);
+    let device = Arc::new(NetDevice::new(port.clone(), options));
+    let last = || port.pairs.lock().unwrap().last().copied();
+    let mut front = NetFront::start(device.clone(), BASE | MQ, 4);
+    assert_eq!(last(), Some(2));
+    assert!(!front.try_open(4), "the control queue's place");
+    assert_eq!(last(), Some(2));
+    for (enable, pairs) in [(0, 1), (1, 2), (0, 1)] {
+        assert!(front.client.set(18, &raw::pair(2, enable), &[]));
+        assert_eq!(last(), Some(pairs));
+    }
+    drop(front);
+    // Somebody else's driver knows of one pair.
+    let front = NetFront::start(device, BASE, 2);
+    assert_eq!(last(), Some(1));
+    drop(front);
+}
+
+#[test]
+fn the_host_is_told_of_changes_alone_and_so_many_in_a_time() {
+    let port = Arc::new(Told::default());
+    let device = Arc::new(NetDevice::new(port.clone(), NetOptions::with_mac(MAC)));
+    let mut front = NetFront::start(device, BASE | CTRL | GUEST_CSUM, 3);
+    let count = || port.offloads.lock().unwrap().len();
+    let mut set = |wanted: u64| front.command(2, &[&[5, 0], &wanted.to_le_bytes()]);
+    let before = count();
+    for _ in 0..20 {
+        assert_eq!(set(GUEST_CSUM), 0);
+    }
+    assert_eq!(count(), before, "as it was");
+    let start = Instant::now();
+    for round in 0..16 {
+        assert_eq!(set(if round % 2 == 0 { 0 } else { GUEST_CSUM }), 0);
+    }
+    assert_eq!(count(), before + 16);
+    // Eight at once, and twenty in a second.
+    assert!(start.elapsed() >= Duration::from_millis(300));
+}
+
+#[test]
+fn a_status_of_zero_is_a_reset() {
+    let device = device(Loopback::default());
+    let mut front = NetFront::start(device, BASE | CTRL, 3);
+    let mac = |front: &mut NetFront| {
+        let ask = [0u32.to_le_bytes(), 6u32.to_le_bytes(), [0; 4]].concat();
+        front.client.query(24, &[&ask[..], &[0; 6]].concat())[12..].to_vec()
+    };
+    let other = [0x52, 0x54, 0, 0, 0, 9];
+    assert_eq!(front.command(2, &[&[1, 1], &other]), 0);
+    assert!(front.client.set(39, &15u64.to_ne_bytes(), &[]));
+    assert_eq!(mac(&mut front), other);
+    assert!(front.client.set(39, &0u64.to_ne_bytes(), &[]));
+    assert_eq!(mac(&mut front), MAC.0);
+}
+
+#[test]
+fn who_announces_a_guest_keeps_to_its_link_and_limits() {
+    let device = device(Loopback::default());
+    let mut front = NetFront::start(device.clone(), BASE, 2);
+    let mut announce = || {
+        let mac = [0x52, 0x54, 0, 0, 0, 1, 0, 0];
+        assert!(front.client.set(19, &mac, &[]));
+        device.stats().snapshot()
+    };
+    let first = announce();
+    assert_eq!(first.dropped(Drop::NoBuffer), 1, "it comes back");
+    device.set_link(false).unwrap();
+    let down = announce();
+    assert_eq!(
+        (down.dropped(Drop::LinkDown), down.dropped(Drop::NoBuffer)),
+        (1, 1)
+    );
+    device.set_link(true).unwrap();
+    let limits = vhost_backends::limit::Limits {
+        iops: 1,
+        ..Default::default()
+    };
+    device.limiter().set(limits);
+    device.limiter().charge_many(1000, 0);
+    let held = announce();
+    assert_eq!(
+        (held.dropped(Drop::Limited), held.dropped(Drop::NoBuffer)),
+        (1, 1)
+    );
+}
+
+#[test]
+fn memory_that_can_be_cut_off_is_refused_where_others_depend_on_it() {
+    for needed in [false, true] {
+        let mut options = NetOptions::with_mac(MAC);
+        options.sealed_memory = needed;
+        let port = Arc::new(Loopback::default());
+        let device = Arc::new(NetDevice::new(port, options));
+        // It has brought sealed memory already.
+        let mut front = NetFront::start(device, BASE, 2);
+        let size = 1 << 20;
+        let unsealed = tempfile::tempfile_in("/dev/shm").unwrap();
+        unsealed.set_len(size).unwrap();
+        let mut table = raw::pair(1, 0);
+        table.extend(raw::words(&[0x4000_0000, size, 0x7f00_0000_0000, 0]));
+        assert_eq!(front.client.set(5, &table, &[&unsealed]), !needed);
+        assert!(front.client.set(5, &table, &[&raw::memory(size)]));
+    }
+}
+
+fn streamed() -> (Arc<NetDevice>, NetFront, UnixStream) {
+    let (ours, peer) = UnixStream::pair().unwrap();
+    peer.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let device = device(Stream::new(StreamAddress::Connected(ours)).unwrap());
+    let front = NetFront::start(device.clone(), BASE, 2);
+    (device, front, peer)
+}
+
+/// Sends until the peer's backlog is full.
+fn overfill(device: &NetDevice, front: &mut NetFront) {
+    while device.stats().snapshot().dropped(Drop::PortFull) == 0 {
+        front.send(1, &PLAIN, &frame(MAC, MAC, 1500));
+    }
+}
+
+#[test]
+fn a_stream_whose_peer_reads_no_more_is_given_up() {
+    for full in [false, true] {
+        let (device, mut front, mut peer) = streamed();
+        assert!(front.offer_receive(0, 2048));
+        if full {
+            overfill(&device, &mut front);
+        }
+        peer.shutdown(Shutdown::Read).unwrap();
+        front.send(1, &PLAIN, &frame(MAC, MAC, 1500));
+        let deadline = Instant::now() + TIMEOUT;
+        while peer.write(&[0]).is_ok() {
+            assert!(Instant::now() < deadline, "the connection goes on");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+#[test]
+fn what_waits_for_a_streams_peer_goes_on_without_receive_buffers() {
+    let (device, mut front, mut peer) = streamed();
+    // It comes to a guest without a buffer.
+    let hello = frame(MAC, MAC, 60);
+    peer.write_all(&[&60u32.to_be_bytes()[..], &hello].concat())
+        .unwrap();
+    overfill(&device, &mut front);
+    let sent = device.stats().snapshot().sent_frames;
+    let mut all = vec![0; sent as usize * 1504];
+    peer.read_exact(&mut all).unwrap();
+    let each = [&1500u32.to_be_bytes()[..], &frame(MAC, MAC, 1500)].concat();
+    assert!(all.chunks(1504).all(|got| got == each));
+    assert!(front.offer_receive(0, 2048));
+    front.kick(0);
+    assert_eq!(front.receive(0).1, hello);
 }

@@ -266,7 +266,7 @@ fn a_streams_peer_goes_and_comes_back() {
         };
         peer.set_nonblocking(false).unwrap();
         peer.set_read_timeout(Some(TIMEOUT)).unwrap();
-        for len in [14, 60, 1514, 40_000, 65_553] {
+        for len in [14, 60, 1514, 40_000, 65_550] {
             while front.in_flight(0) < 31 {
                 assert!(front.offer_receive(0, 4096));
             }
@@ -368,6 +368,43 @@ fn bad_ports_get_a_sentence() {
         assert_eq!(said.lines().count(), 1, "{said}");
         assert!(!socket.exists(), "{more}");
     }
+}
+
+#[test]
+fn descriptors_are_as_many_as_may_be_and_enough() {
+    let dir = tempfile::tempdir().unwrap();
+    let ports: Vec<String> = (0..20u8)
+        .flat_map(|index| port(&dir.path().join(index.to_string()), index, "loopback"))
+        .collect();
+    let limited = |limits: &str| {
+        let mut command = Command::new("sh");
+        let script = format!("ulimit {limits} && exec \"$@\"");
+        command
+            .args(["-c", &script, "sh"])
+            .arg(program().get_program());
+        command
+            .args(&ports)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped());
+        command
+    };
+    let output = limited("-n 256").output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("need 800 descriptors"), "{said}");
+    assert!(!dir.path().join("0").exists());
+    // A soft limit alone is no obstacle.
+    let daemon = Daemon(limited("-S -n 256").spawn().unwrap());
+    let mut fronts: Vec<NetFront> = (0..20)
+        .map(|index: u8| front(&dir.path().join(index.to_string())))
+        .collect();
+    for front in &mut fronts {
+        assert!(front.offer_receive(0, 2048));
+        front.send(1, &PLAIN, &frame(1, 1, 60));
+        front.receive(0);
+    }
+    drop(fronts);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
 }
 
 /// Runs `ip` with these words, in a network namespace of its own with everything else here.
@@ -489,6 +526,59 @@ fn a_tap_interface() {
     assert_eq!(daemon.end(), (Some(0), String::new()));
 }
 
+/// A tap interface of this thread's network, which it is to be written to with a header in front.
+fn open_tap(name: &str) -> std::fs::File {
+    use std::os::fd::AsRawFd;
+    let path = "/dev/net/tun";
+    let file = std::fs::File::options().read(true).write(true).open(path);
+    let file = file.unwrap();
+    let mut request = [0u8; 40];
+    request[..name.len()].copy_from_slice(name.as_bytes());
+    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as u16;
+    request[16..18].copy_from_slice(&flags.to_ne_bytes());
+    // SAFETY: TUNSETIFF takes an ifreq, which is 40 bytes.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), 0x4004_54ca, &raw mut request) };
+    assert_eq!(done, 0, "a tap interface");
+    file
+}
+
+#[test]
+fn frames_that_a_header_has_no_words_for_are_lost_alone() {
+    if !own_network() {
+        return;
+    }
+    let mut tap = open_tap("pva");
+    ip("link set pva up");
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let stats = dir.path().join("stats");
+    let mut args = port(&socket, 1, "interface=pva").to_vec();
+    args.extend(["--stats-socket".into(), stats.display().to_string()]);
+    let daemon = Daemon::start(&args);
+    let mut front = front(&socket);
+    let good = frame(1, 9, 100);
+    // To be sent in IP fragments: the kernel takes that and cannot give it.
+    let mut odd = frame(1, 9, 3042);
+    odd[12..24].copy_from_slice(&[8, 0, 0x45, 0, 0x0b, 0xd4, 0, 1, 0, 0, 64, 17]);
+    odd[38..40].copy_from_slice(&3008u16.to_be_bytes());
+    let header = [1, 3, 42, 0, 0xe8, 3, 34, 0, 6, 0];
+    for _ in 0..3 {
+        while front.in_flight(0) < 16 {
+            assert!(front.offer_receive(0, 2048));
+        }
+        front.kick(0);
+        tap.write_all(&[&header[..], &odd].concat()).unwrap();
+        tap.write_all(&[&[0; 10][..], &good].concat()).unwrap();
+        assert_eq!(receive_ours_front(&mut front), good);
+    }
+    let said: serde_json::Value =
+        serde_json::from_str(&http(&stats, "GET", "/stats", "").1).unwrap();
+    println!("{}", said["ports"][0]["drops"]);
+    assert_eq!(said["ports"][0]["drops"]["port_error"], 3);
+    drop(front);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
+}
+
 #[test]
 fn an_interface_of_the_host() {
     if !own_network() {
@@ -519,6 +609,20 @@ fn an_interface_of_the_host() {
                 break;
             }
         }
+    }
+    // The kernel takes tags out of what comes.
+    assert!(front.offer_receive(0, 2048));
+    front.kick(0);
+    let mut tagged = frame(1, 9, 200);
+    tagged.splice(12..12, [0x81, 0, 0xe0, 5]);
+    send_raw(&peer, &tagged);
+    loop {
+        let (_, got) = front.receive(0);
+        if got[..6] == tagged[..6] {
+            assert_eq!(got, tagged);
+            break;
+        }
+        assert!(front.offer_receive(0, 2048));
     }
     drop(front);
     assert_eq!(daemon.end(), (Some(0), String::new()));

@@ -12,6 +12,7 @@
 //! | `program` | logs, exit codes, and what is printed instead of serving |
 //! | `options` | the part of the command line that all daemons share |
 //! | `listen` | sockets: made, inherited, or passed by a service manager |
+//! | `descriptors` | how many descriptors there may be |
 //! | `serve` | opens, confines itself, and serves the fleet until the end |
 //! | `admin` | the statistics and control sockets |
 //! | `handover` | hot upgrade: what one process serves, another takes over |
@@ -24,6 +25,7 @@
 mod admin;
 mod blk;
 mod connector;
+mod descriptors;
 mod handover;
 mod keys;
 mod listen;

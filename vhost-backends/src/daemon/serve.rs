@@ -6,7 +6,7 @@ use super::listen::{Socket, SocketPath, Sockets};
 use super::notify::Notify;
 use super::options::Operation;
 use super::remover::Remover;
-use super::{Fleet, Handed, Member, signals};
+use super::{Fleet, Handed, Member, descriptors, signals};
 use crate::readiness::Event;
 use crate::sandbox::Sandbox;
 use crate::session::handover::{Connection, Gate, PausePoint};
@@ -43,9 +43,13 @@ pub(crate) fn serve<F: Fleet>(
 ) -> Result<(), String> {
     let stop = signals::stop_on_term()
         .map_err(|error| format!("cannot take over SIGTERM and SIGINT: {error}"))?;
+    let limit = descriptors::raise()
+        .map_err(|error| format!("cannot see how many descriptors there may be: {error}"))?;
     let mut sockets = Sockets::from_environment(operation.take_over.is_some())?;
     let opened = (|| {
         let fleet = open(&mut sockets)?;
+        let queues = fleet.members().into_iter().map(|m| m.device.queue_count());
+        descriptors::check(limit, queues)?;
         let mut admin = Vec::new();
         for (path, access) in [
             (&operation.stats_socket, Access::Statistics),

@@ -34,6 +34,9 @@ pub struct NetOptions {
     pub queue_pairs: u16,
     /// Whether frontends can read the configuration.
     pub config: OfferConfig,
+    /// Whether only memory is taken that the frontend cannot cut off (`F_SEAL_SHRINK`): where
+    /// other frontends depend on this process.
+    pub sealed_memory: bool,
 }
 
 impl NetOptions {
@@ -44,6 +47,7 @@ impl NetOptions {
             mtu: None,
             queue_pairs: 1,
             config: OfferConfig::Auto,
+            sealed_memory: false,
         }
     }
 

@@ -1,16 +1,19 @@
 //! The control queue (virtio 1.3 §5.1.6.5): a thread that carries out commands.
 
-use super::limits::{MAX_BATCH, MAX_CONTROL_BYTES};
+use super::limits::{MAX_BATCH, MAX_CHANGE_BURST, MAX_CHANGE_RATE, MAX_CONTROL_BYTES};
 use super::port::Port;
 use super::rss::Hashing;
 use super::worker::{self, Wake};
 use super::{Link, Offloads};
+use crate::limit::{Limiter, Limits};
 use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
+use crate::session::quota::PEER_LINES;
 use crate::session::{QueueSetup, QueueStop, QueueWorker};
 use pv_abi::virtio::net::{control, feature};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// Starts the control queue.
 pub(super) fn spawn(
@@ -28,9 +31,15 @@ pub(super) fn spawn(
             link,
             port,
             features: setup.features,
+            changes: Limiter::new(Limits {
+                iops: MAX_CHANGE_RATE,
+                iops_burst: MAX_CHANGE_BURST,
+                ..Limits::default()
+            }),
         };
         let mut retired = false;
         while !wake.stop.is_set() {
+            let hold = commands.changes.delay();
             if commands.turn(&mut ring) {
                 if ring.should_signal() {
                     call.signal();
@@ -43,8 +52,10 @@ pub(super) fn spawn(
                 commands.link.ring_retired(&reason);
                 err.signal();
             }
-            if let Err(error) = rest(&mut ring, &wake) {
-                tracing::error!(%error, "control queue stopped");
+            if let Err(error) = rest(&mut ring, &wake, hold) {
+                if PEER_LINES.may_say() {
+                    tracing::error!(%error, "control queue stopped");
+                }
                 err.signal();
                 break;
             }
@@ -56,17 +67,19 @@ pub(super) fn spawn(
     })
 }
 
-fn rest(ring: &mut Ring, wake: &Wake) -> io::Result<()> {
-    if ring.arm() {
+fn rest(ring: &mut Ring, wake: &Wake, hold: Option<Duration>) -> io::Result<()> {
+    if hold.is_none() && ring.arm() {
         return Ok(());
     }
-    wake.for_kick(None)
+    wake.for_kick(hold)
 }
 
 struct Commands {
     link: Arc<Link>,
     port: Arc<dyn Port>,
     features: u64,
+    /// Changes that the host's network hears of.
+    changes: Limiter,
 }
 
 impl Commands {
@@ -74,7 +87,7 @@ impl Commands {
     fn turn(&self, ring: &mut Ring) -> bool {
         let memory = Arc::clone(ring.memory());
         let mut done = Vec::new();
-        while done.len() < MAX_BATCH {
+        while done.len() < MAX_BATCH && self.changes.delay().is_none() {
             let Ok(Some(chain)) = ring.pop() else { break };
             let outcome = read(&chain, &memory).and_then(|bytes| self.carry_out(&bytes));
             self.link.stats.command(outcome.is_some());
@@ -151,14 +164,14 @@ impl Commands {
                 if self.link.hashing().is_some_and(|hashing| hashing.spreads()) {
                     self.link.set_hashing(None);
                 }
-                self.link.set_active_pairs(pairs, &*self.port);
+                self.set_pairs(pairs);
                 Some(())
             }
             control::MQ_RSS_CONFIG => {
                 self.has(feature::RSS)?;
                 let pairs = self.link.options.queue_pairs;
                 let hashing = Hashing::parse_rss(body, pairs)?;
-                self.link.set_active_pairs(pairs, &*self.port);
+                self.set_pairs(pairs);
                 self.link.set_hashing(Some(hashing));
                 Some(())
             }
@@ -172,12 +185,22 @@ impl Commands {
                 let wanted = u64::from_le_bytes(<[u8; 8]>::try_from(body).ok()?);
                 (wanted & !(self.features & GUEST_OFFLOADS) == 0).then_some(())?;
                 // Ordering: Relaxed, as for all of the link.
-                self.link.guest_offloads.store(wanted, Ordering::Relaxed);
-                self.port
-                    .set_guest_offloads(Offloads::of_guest(self.features & wanted));
+                let before = self.link.guest_offloads.swap(wanted, Ordering::Relaxed);
+                if (before ^ wanted) & self.features & GUEST_OFFLOADS != 0 {
+                    self.changes.charge(0);
+                    self.port
+                        .set_guest_offloads(Offloads::of_guest(self.features & wanted));
+                }
                 Some(())
             }
             _ => None,
+        }
+    }
+
+    fn set_pairs(&self, pairs: u16) {
+        if pairs != self.link.active_pairs() {
+            self.changes.charge(0);
+            self.link.set_active_pairs(pairs, &*self.port);
         }
     }
 

@@ -1,6 +1,6 @@
 //! A frame on its way: its header, and where its bytes are.
 
-use super::limits::{MAX_FRAME_LEN, MIN_FRAME_LEN};
+use super::limits::{MAX_FRAME_LEN, MAX_UDP_SEGMENTS, MIN_FRAME_LEN, MIN_TCP_SEGMENT};
 use pv_abi::virtio::net::{Header, feature, gso, header_flag};
 use vm_memory::{Bytes, VolatileSlice};
 
@@ -61,6 +61,16 @@ impl<'f> Frame<'f> {
     /// Source address.
     pub fn source(&self) -> Mac {
         Mac::at(&self.start, 6)
+    }
+
+    /// Frames that it stands for, at most: the segments of a large one.
+    pub(crate) fn segments(&self) -> u64 {
+        if self.header.gso_type == gso::NONE {
+            return 1;
+        }
+        let payload = (self.len).saturating_sub(self.header.csum_start.into());
+        let size = usize::from(self.header.gso_size.max(1));
+        payload.div_ceil(size).max(1) as u64
     }
 
     /// Its first bytes, zeroes after its end.
@@ -189,9 +199,17 @@ pub(crate) fn check_header(header: Header, len: usize, features: u64) -> Result<
     if features & needs == 0
         || (ecn && features & feature::HOST_ECN == 0)
         || checked.flags & header_flag::NEEDS_CSUM == 0
-        || header.gso_size == 0
         || start + least > len
     {
+        return Err(BadFrame::Header);
+    }
+    let size = usize::from(header.gso_size);
+    let worth = if header.gso_type & !gso::ECN == gso::UDP_L4 {
+        size > 0 && (len - start - least).div_ceil(size) <= MAX_UDP_SEGMENTS
+    } else {
+        size >= MIN_TCP_SEGMENT
+    };
+    if !worth {
         return Err(BadFrame::Header);
     }
     checked.gso_type = header.gso_type;

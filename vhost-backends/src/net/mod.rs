@@ -35,7 +35,7 @@ pub use config::{NetOptions, OfferConfig};
 pub use frame::{Frame, Mac};
 pub use offload::Offloads;
 pub use receive::Inlet;
-pub use source::Reader;
+pub use source::{Came, Reader};
 pub use stats::{Drop, NetSnapshot, NetStats};
 
 use crate::limit::Limiter;
@@ -76,6 +76,8 @@ pub(crate) struct Link {
     guest_offloads: AtomicU64,
     /// Pairs of queues that the driver uses.
     active_pairs: AtomicU16,
+    /// Pairs whose receive queue is open, one bit each.
+    open_pairs: AtomicU16,
     steering: Steering,
     hashing: RwLock<Option<Arc<Hashing>>>,
     capture: Capture,
@@ -123,6 +125,24 @@ impl Link {
         }
     }
 
+    /// A receive queue is opened or closed. Where nobody can say how many pairs are in use, these
+    /// are.
+    fn receives(&self, pair: u16, open: bool, features: u64, port: &dyn Port) {
+        // Pairs are few.
+        let bit = 1u16.checked_shl(pair.into()).unwrap_or(0);
+        let now = if open {
+            self.open_pairs.fetch_or(bit, Ordering::Relaxed) | bit
+        } else {
+            self.open_pairs.fetch_and(!bit, Ordering::Relaxed) & !bit
+        };
+        let last = u16::try_from(u16::BITS - now.leading_zeros()).unwrap_or(1);
+        match features & (feature::CTRL_VQ | feature::MQ) {
+            0 => self.set_active_pairs(1, port),
+            feature::MQ => self.set_active_pairs(last.max(1), port),
+            _ => {}
+        }
+    }
+
     /// As after a reset.
     fn reset(&self, port: &dyn Port) {
         self.change_filter(|filter| *filter = Filter::open(self.options.mac));
@@ -159,6 +179,7 @@ impl NetDevice {
             filter: RwLock::new(Arc::new(Filter::open(options.mac))),
             guest_offloads: AtomicU64::new(u64::MAX),
             active_pairs: AtomicU16::new(1),
+            open_pairs: AtomicU16::new(0),
             steering: Steering::default(),
             hashing: RwLock::default(),
             capture: Capture::default(),
@@ -221,6 +242,28 @@ impl NetDevice {
         }
     }
 
+    fn open_receive(&self, pair: u16, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {
+        if self.port.source(pair).is_some() {
+            return source::spawn(
+                Arc::clone(&self.inlet),
+                Arc::clone(&self.link),
+                Arc::clone(&self.port),
+                pair,
+                setup,
+            );
+        }
+        let first = QueueStop {
+            ring: setup.ring.save(),
+            retired: None,
+        };
+        self.inlet.open(pair, setup);
+        Ok(Box::new(Pushed {
+            inlet: Arc::clone(&self.inlet),
+            pair,
+            first,
+        }))
+    }
+
     fn role(&self, index: u16, features: u64) -> Role {
         // Without MQ there is one pair, whatever the device could do.
         let pairs = if features & (feature::MQ | feature::RSS) != 0 {
@@ -237,6 +280,10 @@ impl NetDevice {
 }
 
 impl Device for NetDevice {
+    fn needs_sealed_memory(&self) -> bool {
+        self.options.sealed_memory
+    }
+
     fn queue_count(&self) -> u16 {
         2 * self.options.queue_pairs + 1
     }
@@ -279,10 +326,20 @@ impl Device for NetDevice {
     }
 
     fn announce_guest(&self, mac: [u8; 6]) -> bool {
+        let refused = if !self.link.is_up() {
+            Some(Drop::LinkDown)
+        } else {
+            (self.link.limiter.delay()).map(|_| Drop::Limited)
+        };
+        if let Some(reason) = refused {
+            self.link.stats.drop(reason, 1);
+            return true;
+        }
         // The frontend has moved its guest: the network is to learn where it is now.
         let frame = port::reverse_arp(mac);
         let mut bytes = frame;
         let len = bytes.len();
+        self.link.limiter.charge(len as u64);
         let pieces = [vm_memory::VolatileSlice::from(&mut bytes[..])];
         self.port
             .send(0, &[Frame::new(Header::default(), &pieces, len)]);
@@ -302,39 +359,32 @@ impl Device for NetDevice {
             let features = self.link.guest_offloads(setup.features);
             self.port.set_guest_offloads(Offloads::of_guest(features));
         }
-        if setup.features & feature::CTRL_VQ == 0 && setup.features & feature::MQ != 0 {
-            // The frontend keeps the control queue to itself, and opens the queues in use.
-            let pairs = (setup.index / 2 + 1).max(self.link.active_pairs());
-            self.link.set_active_pairs(pairs, &*self.port);
+        let role = self.role(setup.index, setup.features);
+        if let Role::Receive(pair) | Role::Transmit(pair) = role
+            && pair >= self.options.queue_pairs
+        {
+            let reason = "with these features there is no such queue";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
         }
-        match self.role(setup.index, setup.features) {
+        match role {
             Role::Control => control::spawn(Arc::clone(&self.link), Arc::clone(&self.port), setup),
             Role::Transmit(pair) => {
                 transmit::spawn(Arc::clone(&self.link), Arc::clone(&self.port), pair, setup)
             }
-            Role::Receive(pair) if self.port.source(pair).is_some() => source::spawn(
-                Arc::clone(&self.inlet),
-                Arc::clone(&self.link),
-                Arc::clone(&self.port),
-                pair,
-                setup,
-            ),
             Role::Receive(pair) => {
-                let first = QueueStop {
-                    ring: setup.ring.save(),
-                    retired: None,
-                };
-                self.inlet.open(pair, setup);
-                Ok(Box::new(Pushed {
-                    inlet: Arc::clone(&self.inlet),
-                    pair,
-                    first,
-                }))
+                let open = OpenPair::new(&self.link, &self.port, pair, setup.features);
+                let worker = self.open_receive(pair, setup)?;
+                Ok(Box::new(Receiving { worker, open }))
             }
         }
     }
 
     fn reset(&self) {
+        self.link.reset(&*self.port);
+    }
+
+    fn status_cleared(&self) {
+        // QEMU keeps all of this itself, and those that leave it to the device mean a reset.
         self.link.reset(&*self.port);
     }
 }
@@ -349,6 +399,48 @@ struct Pushed {
 impl QueueWorker for Pushed {
     fn stop(self: Box<Self>) -> QueueStop {
         self.inlet.close(self.pair).unwrap_or(self.first)
+    }
+}
+
+/// A receive queue that is served.
+struct Receiving {
+    worker: Box<dyn QueueWorker>,
+    open: OpenPair,
+}
+
+impl QueueWorker for Receiving {
+    fn stop(self: Box<Self>) -> QueueStop {
+        let Receiving { worker, open } = *self;
+        let stop = worker.stop();
+        drop(open);
+        stop
+    }
+}
+
+/// A pair that counts as open for as long as this exists.
+struct OpenPair {
+    link: Arc<Link>,
+    port: Arc<dyn Port>,
+    pair: u16,
+    features: u64,
+}
+
+impl OpenPair {
+    fn new(link: &Arc<Link>, port: &Arc<dyn Port>, pair: u16, features: u64) -> OpenPair {
+        link.receives(pair, true, features, &**port);
+        OpenPair {
+            link: Arc::clone(link),
+            port: Arc::clone(port),
+            pair,
+            features,
+        }
+    }
+}
+
+impl std::ops::Drop for OpenPair {
+    fn drop(&mut self) {
+        self.link
+            .receives(self.pair, false, self.features, &*self.port);
     }
 }
 

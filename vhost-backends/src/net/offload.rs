@@ -77,12 +77,12 @@ pub(super) struct Scratch {
     part: Vec<u8>,
 }
 
-/// Calls `each` with frames that ask for nothing, made from `frame`. `false`: the frame is not
-/// what its header says, and none came of it.
+/// Calls `each` with frames that ask for nothing, made from `frame`, until it says that there is
+/// no use in more. `false`: the frame is not what its header says, and none came of it.
 pub(crate) fn complete(
     frame: &Frame<'_>,
     scratch: &mut Scratch,
-    each: &mut dyn FnMut(&Frame<'_>),
+    each: &mut dyn FnMut(&Frame<'_>) -> bool,
 ) -> bool {
     let header = frame.header;
     let bytes = frame.copy_to(&mut scratch.whole);
@@ -106,10 +106,10 @@ pub(crate) fn complete(
     true
 }
 
-fn give(bytes: &mut [u8], each: &mut dyn FnMut(&Frame<'_>)) {
+fn give(bytes: &mut [u8], each: &mut dyn FnMut(&Frame<'_>) -> bool) -> bool {
     let len = bytes.len();
     let pieces = [VolatileSlice::from(bytes)];
-    each(&Frame::new(Header::default(), &pieces, len));
+    each(&Frame::new(Header::default(), &pieces, len))
 }
 
 /// Where the layers of a frame begin.
@@ -147,7 +147,7 @@ fn segment(
     bytes: &[u8],
     header: Header,
     part: &mut Vec<u8>,
-    each: &mut dyn FnMut(&Frame<'_>),
+    each: &mut dyn FnMut(&Frame<'_>) -> bool,
 ) -> bool {
     let transport = usize::from(header.csum_start);
     let udp = header.gso_type & !gso::ECN == gso::UDP_L4;
@@ -213,7 +213,9 @@ fn segment(
             checksum_at,
             if udp && value == 0 { 0xffff } else { value },
         );
-        give(part, each);
+        if !give(part, each) {
+            break;
+        }
     }
     true
 }

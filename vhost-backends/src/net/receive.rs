@@ -6,7 +6,7 @@
 
 use super::capture::Direction;
 use super::filter::Filter;
-use super::frame::Frame;
+use super::frame::{ETHERNET_LEN, Frame};
 use super::limits::{MAX_FRAME_LEN, MAX_MERGED, MIN_FRAME_LEN};
 use super::offload::{Offloads, Scratch, complete};
 use super::port::vectors::MOST as MOST_VECTORS;
@@ -69,7 +69,9 @@ impl Inlet {
                 held = self.lock(index).map(|guard| (index, guard));
             }
             match held.as_mut().and_then(|(_, guard)| guard.as_mut()) {
-                Some(queue) => queue.deliver(frame, &mut tally),
+                Some(queue) => {
+                    queue.deliver(frame, &mut tally);
+                }
                 None => tally.drop(Drop::NoQueue),
             }
         }
@@ -122,6 +124,8 @@ pub(super) struct RxQueue {
     features: u64,
     header_len: usize,
     mergeable: bool,
+    /// The most that the driver was told of.
+    mtu: Option<usize>,
     /// Taken from the ring and not used yet, in order.
     staged: VecDeque<Buffer>,
     staged_room: usize,
@@ -148,6 +152,9 @@ impl RxQueue {
             ring: setup.ring,
             call: setup.call,
             err: setup.err,
+            mtu: (link.options.mtu)
+                .filter(|_| setup.features & feature::MTU != 0)
+                .map(usize::from),
             link,
             features: setup.features,
             header_len: header_len(setup.features),
@@ -177,8 +184,9 @@ impl RxQueue {
         Offloads::of_guest(self.link.guest_offloads(self.features))
     }
 
-    /// Puts a frame into buffers, made plain where the guest does not take it as it is.
-    pub(super) fn deliver(&mut self, frame: &Frame<'_>, tally: &mut Tally) {
+    /// Puts a frame into buffers, made plain where the guest does not take it as it is. `false`:
+    /// there is no room for it, or for the rest of it.
+    pub(super) fn deliver(&mut self, frame: &Frame<'_>, tally: &mut Tally) -> bool {
         if self.link.capture.is_on() {
             self.link.capture.frame(frame, Direction::ToGuest);
         }
@@ -186,13 +194,34 @@ impl RxQueue {
             return self.put(frame, tally);
         }
         let mut scratch = std::mem::take(&mut self.scratch);
-        if !complete(frame, &mut scratch, &mut |plain| self.put(plain, tally)) {
+        let mut fits = true;
+        let done = complete(frame, &mut scratch, &mut |plain| {
+            fits = self.put(plain, tally);
+            fits
+        });
+        if !done {
             tally.drop(Drop::BadHeader);
         }
         self.scratch = scratch;
+        fits
     }
 
-    fn put(&mut self, frame: &Frame<'_>, tally: &mut Tally) {
+    /// Whether a frame of this length may be longer than the driver expects.
+    pub(super) fn may_be_over_mtu(&self, len: usize) -> bool {
+        self.mtu.is_some_and(|mtu| len > mtu + ETHERNET_LEN)
+    }
+
+    /// Whether this frame is longer than the driver expects (virtio 1.3 §5.1.4.1).
+    pub(super) fn is_over_mtu(&self, frame: &Frame<'_>) -> bool {
+        let tag = if frame.vlan().is_some() { 4 } else { 0 };
+        frame.header.gso_type == gso::NONE && self.may_be_over_mtu(frame.len().saturating_sub(tag))
+    }
+
+    fn put(&mut self, frame: &Frame<'_>, tally: &mut Tally) -> bool {
+        if self.is_over_mtu(frame) {
+            tally.drop(Drop::Length);
+            return false;
+        }
         match self.gather(self.header_len + frame.len()) {
             Ok(count) => {
                 let mut source = Source::new(frame.pieces(), self.report(frame));
@@ -200,10 +229,12 @@ impl RxQueue {
                 header.num_buffers = count as u16;
                 self.fill(count, (frame.len(), 0), header, &mut source);
                 tally.frame(frame.len());
+                return true;
             }
             Err(NoRoom::Empty) => tally.drop(Drop::NoBuffer),
             Err(NoRoom::Small) => tally.drop(Drop::TooSmall),
         }
+        false
     }
 
     /// What the driver is told about a frame's hash, if it wants that.

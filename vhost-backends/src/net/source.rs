@@ -5,16 +5,17 @@
 
 use super::Link;
 use super::capture::Direction;
-use super::frame::Frame;
-use super::limits::{MAX_BATCH, MAX_FRAME_LEN};
+use super::frame::{ETHERNET_LEN, Frame};
+use super::limits::{MAX_BATCH, MAX_FRAME_LEN, MIN_FRAME_LEN};
 use super::offload::{Scratch, complete};
 use super::port::{Port, Received};
 use super::receive::{Inlet, RxQueue, is_plain};
 use super::stats::{Drop, Tally};
 use super::worker::{self, Wake};
 use crate::ring::DeviceRing;
+use crate::session::quota::PEER_LINES;
 use crate::session::{QueueSetup, QueueStop, QueueWorker};
-use pv_abi::virtio::net::{Header, header_flag};
+use pv_abi::virtio::net::{Header, gso, header_flag};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,7 +51,9 @@ pub(super) fn spawn(
             while !wake.stop.is_set() {
                 let turn = turn(&inlet, &link, &*port, pair, &memory, &mut room);
                 if let Err(error) = turn.and_then(|next| rest(next, &link, &wake)) {
-                    tracing::error!(%error, "receive queue stopped");
+                    if PEER_LINES.may_say() {
+                        tracing::error!(%error, "receive queue stopped");
+                    }
                     err.signal();
                     break;
                 }
@@ -98,18 +101,12 @@ fn turn(
     let Reader { tally, starved, .. } = reader;
     queue.publish();
     link.stats.received(&tally);
-    Ok(if starved {
-        if queue.arm() {
-            Next::Again
-        } else {
-            Next::WaitForBuffers
-        }
-    } else {
-        match received {
-            Received::More => Next::Again,
-            Received::Drained => Next::WaitForPort,
-            Received::Away => Next::WaitAWhile,
-        }
+    Ok(match received {
+        _ if starved && queue.arm() => Next::Again,
+        Received::Away => Next::WaitAWhile,
+        _ if starved => Next::WaitForBuffers,
+        Received::More => Next::Again,
+        Received::Drained => Next::WaitForPort,
     })
 }
 
@@ -133,6 +130,15 @@ struct Room {
     large: u32,
 }
 
+/// What a port read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Came {
+    /// Bytes of the frame, without the virtio header.
+    pub len: usize,
+    /// A VLAN tag, protocol and value, that the frame was parted from.
+    pub tag: Option<[u8; 4]>,
+}
+
 /// Takes a port's frames into a guest's buffers.
 #[derive(Debug)]
 pub struct Reader<'q> {
@@ -150,11 +156,10 @@ impl Reader<'_> {
 
     /// Reads one frame right into the guest's buffers. `read` is given room for the virtio
     /// header, views of the guest's memory, and room for what does not fit these, to be filled in
-    /// this order; it says how many bytes the frame has, without the header. `false`: the guest has no buffer, and nothing
-    /// was read.
+    /// this order; it says what came. `false`: the guest has no buffer, and nothing was read.
     pub fn read(
         &mut self,
-        read: impl FnOnce(&mut [u8], &[VolatileSlice<'_, ()>], &mut [u8]) -> io::Result<usize>,
+        read: impl FnOnce(&mut [u8], &[VolatileSlice<'_, ()>], &mut [u8]) -> io::Result<Came>,
     ) -> io::Result<bool> {
         let want = if self.room.large > 0 {
             MAX_FRAME_LEN
@@ -175,7 +180,7 @@ impl Reader<'_> {
         overflow.resize(MAX_FRAME_LEN + 1, 0);
         let room: usize = views.iter().map(VolatileSlice::len).sum();
         let mut head = Header::default();
-        let len = read(head.as_mut_bytes(), &views, overflow)?;
+        let Came { len, tag } = read(head.as_mut_bytes(), &views, overflow)?;
         *large = if len > room && len > SMALL {
             LARGE_FOR
         } else {
@@ -186,13 +191,24 @@ impl Reader<'_> {
             self.tally.drop(Drop::LinkDown);
             return Ok(true);
         }
+        if let Some(tag) = tag {
+            let more = len.saturating_sub(room);
+            views.push(VolatileSlice::from(
+                overflow.get_mut(..more).unwrap_or_default(),
+            ));
+            let mut whole = Vec::new();
+            Frame::new(head, shorten(&mut views, len), len).copy_to(&mut whole);
+            self.deliver_tagged(head, whole, tag);
+            return Ok(true);
+        }
         let filter = self.queue.filter();
         let offloads = self.queue.offloads();
         if !offloads.checksum {
             head.flags &= !header_flag::DATA_VALID;
         }
         let mut hash = None;
-        let looked_at = self.link.capture.is_on() || self.queue.reports();
+        let looked_at =
+            self.link.capture.is_on() || self.queue.reports() || self.queue.may_be_over_mtu(len);
         if !filter.promiscuous || !is_plain(&head) || looked_at {
             let more = len.saturating_sub(room);
             views.push(VolatileSlice::from(
@@ -211,6 +227,10 @@ impl Reader<'_> {
                 }
                 return Ok(true);
             }
+            if self.queue.is_over_mtu(&frame) {
+                self.tally.drop(Drop::Length);
+                return Ok(true);
+            }
             if self.link.capture.is_on() {
                 self.link.capture.frame(&frame, Direction::ToGuest);
             }
@@ -220,6 +240,24 @@ impl Reader<'_> {
         self.queue
             .commit((head, hash), (len, room), rest, &mut self.tally);
         Ok(true)
+    }
+
+    /// Puts a tag where it was, behind the addresses, and gives the guest the frame.
+    fn deliver_tagged(&mut self, mut header: Header, mut bytes: Vec<u8>, tag: [u8; 4]) {
+        let at = bytes.len().min(ETHERNET_LEN - 2);
+        bytes.splice(at..at, tag);
+        if header.flags & header_flag::NEEDS_CSUM != 0 {
+            header.csum_start = header.csum_start.saturating_add(4);
+        }
+        if header.gso_type != gso::NONE {
+            header.hdr_len = header.hdr_len.saturating_add(4);
+        }
+        let len = bytes.len();
+        if !(MIN_FRAME_LEN..=MAX_FRAME_LEN).contains(&len) {
+            return self.tally.drop(Drop::Length);
+        }
+        let pieces = [VolatileSlice::from(bytes.as_mut_slice())];
+        self.deliver(&Frame::new(header, &pieces, len));
     }
 
     /// Gives the guest a frame that was read already. Dropped if there is no buffer.

@@ -33,7 +33,7 @@ pub enum Drop {
     Spoofed,
     /// One frame to all too many.
     Flood,
-    /// A limit on what the guest receives.
+    /// A limit on what is sent for the guest.
     Limited,
 }
 
@@ -76,14 +76,6 @@ impl Tally {
         if let Some(count) = self.drops.get_mut(reason as usize) {
             *count += 1;
         }
-    }
-
-    pub(super) fn frames(&self) -> u64 {
-        self.frames
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes
     }
 }
 

@@ -14,6 +14,7 @@ use super::{Link, header_len};
 use crate::block::AdaptivePoll;
 use crate::limits::MAX_HOLD_MILLIS;
 use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
+use crate::session::quota::PEER_LINES;
 use crate::session::{QueueSetup, QueueStop, QueueWorker};
 use pv_abi::virtio::net::Header;
 use std::io;
@@ -57,7 +58,9 @@ pub(super) fn spawn(
                 err.signal();
             }
             if let Err(error) = worker.rest(&wake, &mut poll) {
-                tracing::error!(%error, "transmit queue stopped");
+                if PEER_LINES.may_say() {
+                    tracing::error!(%error, "transmit queue stopped");
+                }
                 err.signal();
                 break;
             }
@@ -153,7 +156,10 @@ impl Worker {
         } else {
             frames.iter().for_each(|_| tally.drop(Drop::LinkDown));
         }
-        self.link.limiter.charge_many(tally.frames(), tally.bytes());
+        // What may have cost something, whether it arrived or not.
+        let bytes = frames.iter().map(|frame| frame.len() as u64).sum();
+        let segments = frames.iter().map(Frame::segments).sum();
+        self.link.limiter.charge_many(segments, bytes);
         self.link.stats.sent(&tally);
         let done = batch.chains.iter().map(|chain| Completion {
             head: chain.head(),
@@ -232,7 +238,8 @@ impl Worker {
         }
         let offloads = self.port.offloads();
         if offloads == Offloads::ALL {
-            return self.hand(frames, tally);
+            self.hand(frames, tally);
+            return;
         }
         let mut rest = frames;
         while let Some(at) = rest.iter().position(|frame| !offloads.take(frame)) {
@@ -252,9 +259,10 @@ impl Worker {
         self.hand(rest, tally);
     }
 
-    fn hand(&self, frames: &[Frame<'_>], tally: &mut Tally) {
+    /// Whether the port took all of them.
+    fn hand(&self, frames: &[Frame<'_>], tally: &mut Tally) -> bool {
         if frames.is_empty() {
-            return;
+            return true;
         }
         let taken = self.port.send(self.pair, frames);
         for (index, frame) in frames.iter().enumerate() {
@@ -264,6 +272,7 @@ impl Worker {
                 tally.drop(Drop::PortFull);
             }
         }
+        taken >= frames.len()
     }
 
     /// Looks for a moment if that was worth it lately, and sleeps.

@@ -55,6 +55,12 @@ pub trait Device: Send + Sync {
         served
     }
 
+    /// Whether only memory is taken that the frontend cannot cut off (`F_SEAL_SHRINK`). One that
+    /// does, under a ring, ends this process with SIGBUS.
+    fn needs_sealed_memory(&self) -> bool {
+        false
+    }
+
     /// The frontend tells the MTU of its network device (`NET_MTU`). Whether it may be that.
     fn set_mtu(&self, _mtu: u64) -> bool {
         false
@@ -75,6 +81,10 @@ pub trait Device: Send + Sync {
 
     /// The frontend reset the device; no queue is open.
     fn reset(&self) {}
+
+    /// The frontend set the status to zero; no queue is open. A driver's reset, or a guest that is
+    /// paused: QEMU does not tell them apart, so what its guest relies on after a pause stays.
+    fn status_cleared(&self) {}
 }
 
 /// The device does not let this part of its configuration be written.

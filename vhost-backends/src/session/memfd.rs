@@ -1,4 +1,4 @@
-//! Memory that is given to the frontend.
+//! Files of memory: made for the frontend, and how firm the frontend's are.
 #![allow(unsafe_code)]
 // UNSAFETY: memfd_create and seals have no safe wrapper among the dependencies.
 
@@ -6,6 +6,13 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// Whether a file can never become shorter. Files that cannot be sealed can.
+pub(super) fn keeps_its_length(file: &File) -> bool {
+    // SAFETY: F_GET_SEALS takes no pointer.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    seals >= 0 && seals & libc::F_SEAL_SHRINK != 0
+}
 
 /// A file of `len` zero bytes that nobody can make shorter or longer.
 pub(super) fn sealed(name: &CStr, len: u64) -> io::Result<OwnedFd> {

@@ -5,9 +5,11 @@
 //!
 //! A region is mapped only if its file is long enough at that moment. A frontend that seals its
 //! memfds against shrinking (ours does) can then not hurt this process; one that truncates an
-//! unsealed file while a ring is in it ends this process with SIGBUS, and nobody else's.
+//! unsealed file while a ring is in it ends this process with SIGBUS, and nobody else's. A device
+//! whose process others depend on takes sealed files alone.
 
 use crate::limits::MAX_MEM_SLOTS;
+use crate::session::memfd;
 use crate::session::wire::Region;
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -46,6 +48,9 @@ pub enum MemoryError {
         /// Where the region ends in the file.
         end: u64,
     },
+    /// Its file can become shorter, and this device must not be hurt by that.
+    #[error("its file is not sealed against shrinking (F_SEAL_SHRINK)")]
+    NotSealed,
     /// The kernel did not map it.
     #[error("mapping failed: {0}")]
     Map(String),
@@ -70,21 +75,30 @@ pub(crate) struct MemoryTable {
 
 impl MemoryTable {
     /// A table of these regions; the ones that were mapped are unmapped again if one fails.
-    pub(crate) fn from_regions(regions: Vec<(Region, OwnedFd)>) -> Result<Self, MemoryError> {
+    /// `sealed`: their files must be sealed against shrinking.
+    pub(crate) fn from_regions(
+        regions: Vec<(Region, OwnedFd)>,
+        sealed: bool,
+    ) -> Result<Self, MemoryError> {
         let slots = regions
             .into_iter()
-            .map(|(region, fd)| map(region, fd))
+            .map(|(region, fd)| map(region, fd, sealed))
             .collect::<Result<Vec<_>, _>>()?;
         MemoryTable::from_slots(slots)
     }
 
     /// This table and one more region.
-    pub(crate) fn with(&self, region: Region, fd: OwnedFd) -> Result<Self, MemoryError> {
+    pub(crate) fn with(
+        &self,
+        region: Region,
+        fd: OwnedFd,
+        sealed: bool,
+    ) -> Result<Self, MemoryError> {
         if self.slots.len() >= MAX_MEM_SLOTS {
             return Err(MemoryError::TooMany);
         }
         let mut slots = self.slots.clone();
-        slots.push(map(region, fd)?);
+        slots.push(map(region, fd, sealed)?);
         MemoryTable::from_slots(slots)
     }
 
@@ -139,7 +153,7 @@ impl MemoryTable {
     }
 }
 
-fn map(region: Region, fd: OwnedFd) -> Result<Slot, MemoryError> {
+fn map(region: Region, fd: OwnedFd, sealed: bool) -> Result<Slot, MemoryError> {
     let bad = |addr| MemoryError::BadRange {
         addr,
         size: region.size,
@@ -158,6 +172,9 @@ fn map(region: Region, fd: OwnedFd) -> Result<Slot, MemoryError> {
     let metadata = file.metadata()?;
     if !metadata.is_file() {
         return Err(MemoryError::NotAFile);
+    }
+    if sealed && !memfd::keeps_its_length(&file) {
+        return Err(MemoryError::NotSealed);
     }
     if metadata.len() < end {
         let file = metadata.len();

@@ -246,9 +246,13 @@ impl<'d> Session<'d> {
                     return Err(Refusal::BadValue("the device announces nobody"));
                 }
             }
-            Request::SetMemTable(regions) => self.set_memory(MemoryTable::from_regions(regions))?,
+            Request::SetMemTable(regions) => {
+                let sealed = self.device.needs_sealed_memory();
+                self.set_memory(MemoryTable::from_regions(regions, sealed))?;
+            }
             Request::AddMemReg(region, fd) => {
-                let table = self.memory.with(region, fd)?;
+                let sealed = self.device.needs_sealed_memory();
+                let table = self.memory.with(region, fd, sealed)?;
                 self.set_memory(Ok(table))?;
             }
             Request::RemMemReg(region) => {
@@ -310,6 +314,7 @@ impl<'d> Session<'d> {
                 vring.stop();
             }
             self.forget_in_flight();
+            self.device.status_cleared();
         }
         self.status = status;
         Ok(())

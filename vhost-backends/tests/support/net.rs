@@ -31,6 +31,7 @@ const PER: u16 = 8;
 pub(crate) const VERSION_1: u64 = 1 << 32;
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) const MRG: u64 = 1 << 15;
+pub(crate) const MTU: u64 = 1 << 3;
 pub(crate) const CTRL: u64 = 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 23 | 1 << 2;
 pub(crate) const MQ: u64 = 1 << 22;
 pub(crate) const HASH_REPORT: u64 = 1 << 57;
@@ -110,6 +111,11 @@ impl NetFront {
     }
 
     pub(crate) fn open(&mut self, index: u16) {
+        assert!(self.try_open(index), "queue {index}");
+    }
+
+    /// Whether there is such a queue.
+    pub(crate) fn try_open(&mut self, index: u16) -> bool {
         let client = &mut self.client;
         let i = u32::from(index);
         let at = USER + RINGS * u64::from(index);
@@ -122,7 +128,9 @@ impl NetFront {
         let (kick, call) = (event(), event());
         assert!(set_fd(client, 13, &words(&[i.into()]), call.as_raw_fd()));
         assert!(set_fd(client, 12, &words(&[i.into()]), kick.as_raw_fd()));
-        assert!(client.set(18, &pair(i, 1), &[]));
+        if !client.set(18, &pair(i, 1), &[]) {
+            return false;
+        }
         self.queues.push(Queue {
             index,
             avail: 0,
@@ -133,6 +141,7 @@ impl NetFront {
             kick,
             call,
         });
+        true
     }
 
     // ---- memory

@@ -1,6 +1,6 @@
 //! A frontend that sends whatever it is told to, and a device that only counts.
 #![allow(unsafe_code, dead_code)]
-// UNSAFETY: an eventfd becomes a file.
+// UNSAFETY: an eventfd becomes a file, and so does a sealed memfd.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -204,8 +204,17 @@ pub(crate) fn pair(index: u32, num: u32) -> Vec<u8> {
 
 /// A file of memory.
 pub(crate) fn memory(bytes: u64) -> File {
-    let file = tempfile::tempfile_in("/dev/shm").unwrap();
+    // SAFETY: the name is a C string; the descriptor is fresh and owned at once.
+    let file = unsafe {
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        let fd = libc::memfd_create(c"memory".as_ptr(), flags);
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    };
     file.set_len(bytes).unwrap();
+    // SAFETY: F_ADD_SEALS takes no pointer.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
+    assert_eq!(done, 0, "sealed");
     file
 }
 

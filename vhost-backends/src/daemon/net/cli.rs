@@ -57,6 +57,10 @@ pub(super) struct OnePort {
     /// of it crash when a network backend has one.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub(super) config: OfferConfig,
+    /// Take memory from the VMM that it could cut off, which ends this program and all its ports.
+    /// With one port that is always so.
+    #[arg(long)]
+    pub(super) unsealed_memory: bool,
     /// The port's name: in statistics, and among passed sockets.
     #[arg(long, value_name = "NAME", value_parser = parse_name)]
     pub(super) id: Option<String>,
@@ -202,6 +206,14 @@ impl Cli {
                      --stream-listen, --interface or --loopback"
                 ));
             }
+            let fds = port.peer.tap_fd.as_ref().map_or(0, Vec::len);
+            if fds > usize::from(port.queue_pairs) {
+                return Err(format!(
+                    "{name}: {fds} descriptors of --tap-fd are more than {} pairs of queues: \
+                     --queue-pairs",
+                    port.queue_pairs
+                ));
+            }
             named.push((name, port));
         }
         Ok(named)
@@ -233,7 +245,7 @@ mod tests {
         assert_eq!(port.mac, Some(Mac([0x52, 0x54, 0, 0, 0, 1])));
         assert_eq!((port.mtu, port.queue_pairs), (Some(9000), 2));
         assert_eq!(port.limits().unwrap().iops, 5);
-        let taps = ports(&["--port", "tap-fd=3:4,socket=c"]).unwrap();
+        let taps = ports(&["--port", "tap-fd=3:4,socket=c,queue-pairs=2"]).unwrap();
         assert_eq!(taps[0].1.peer.tap_fd, Some(vec![3, 4]));
     }
 
@@ -252,6 +264,7 @@ mod tests {
             (&["--port", "loopback,mtu=10"], "10"),
             (&["--port", "loopback,queue-pairs=99"], "99"),
             (&["--port", "colour=red"], "no key"),
+            (&["--port", "tap-fd=3:4"], "more than 1 pairs"),
         ] {
             let said = ports(args).unwrap_err();
             assert!(said.contains(why), "{args:?}: {said}");

@@ -46,11 +46,13 @@ impl Ports {
     fn open(ports: Vec<(String, OnePort)>, sockets: &mut Sockets) -> Result<Ports, String> {
         let mut switches = Switches::default();
         let mut served = Vec::new();
+        let several = ports.len() > 1;
         for (name, port) in ports {
             let mac = port.mac.unwrap_or_else(|| default_mac(&name, &port));
             let peer = switches.open_peer(&port, mac, sockets)?;
             let mut options = NetOptions::with_mac(mac).pairs(port.queue_pairs);
             (options.mtu, options.config) = (port.mtu, port.config);
+            options.sealed_memory = several && !port.unsealed_memory;
             let device = Arc::new(NetDevice::new(peer, options));
             device.limiter().set(port.limits()?);
             sockets.open(port.socket, &name)?;

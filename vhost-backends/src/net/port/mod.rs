@@ -67,8 +67,20 @@ pub enum Received {
     Drained,
     /// Likely.
     More,
-    /// Its descriptor says nothing for now: to be asked again after a while.
+    /// Its descriptor says nothing for now: to be asked again after a while, and when the guest
+    /// kicks.
     Away,
+}
+
+impl Received {
+    /// After a batch of which so many were lost: where nothing else comes, there is no hurry.
+    fn after_losing(lost: usize) -> Received {
+        if lost < Reader::BATCH {
+            Received::More
+        } else {
+            Received::Away
+        }
+    }
 }
 
 /// A frame that says where an address is (RFC 903).

@@ -1,11 +1,15 @@
 //! A network interface of the host, through a packet socket (packet(7)).
+//!
+//! The kernel takes a frame's VLAN tag out before packet sockets see it, and says so beside the
+//! frame; it is put back on the way to the guest.
 #![allow(unsafe_code)]
 // UNSAFETY: socket, bind, setsockopt and if_nametoindex as packet sockets need them.
 
 use super::{Port, Received, vectors};
 use crate::net::frame::Frame;
 use crate::net::offload::Offloads;
-use crate::net::source::Reader;
+use crate::net::source::{Came, Reader};
+use crate::net::stats::Drop;
 use pv_abi::virtio::net::LEGACY_HEADER_LEN;
 use std::ffi::CString;
 use std::io;
@@ -18,6 +22,11 @@ const ALL: u16 = (libc::ETH_P_ALL as u16).to_be();
 const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
 /// Bytes of frames that wait in the kernel.
 const RECEIVE_BUFFER: libc::c_int = 4 << 20;
+/// Words for what the kernel says beside a frame: `struct cmsghdr` and `struct tpacket_auxdata`.
+const CONTROL_WORDS: usize = 8;
+/// `tp_vlan_tci` is one, and `tp_vlan_tpid` too.
+const VLAN_VALID: u32 = 1 << 4;
+const VLAN_PROTOCOL_VALID: u32 = 1 << 6;
 
 /// An interface, taken as it is: frames that the host itself gets are seen too.
 #[derive(Debug)]
@@ -47,6 +56,7 @@ impl Interface {
         let on: libc::c_int = 1;
         set(&socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, &on)?;
         set(&socket, libc::SOL_PACKET, PACKET_IGNORE_OUTGOING, &on)?;
+        set(&socket, libc::SOL_PACKET, libc::PACKET_AUXDATA, &on)?;
         // As much as the host allows.
         let _ = set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUF, &RECEIVE_BUFFER);
         // SAFETY: all-zero is a valid packet_mreq.
@@ -92,6 +102,26 @@ fn set<T>(socket: &OwnedFd, level: libc::c_int, name: libc::c_int, value: &T) ->
     Ok(())
 }
 
+/// The tag that a frame was parted from, in the frame's order.
+fn tag(control: &[u8]) -> Option<[u8; 4]> {
+    let half = |at: usize| Some(u16::from_ne_bytes(*control.get(at..)?.first_chunk()?));
+    let word = |at: usize| Some(u32::from_ne_bytes(*control.get(at..)?.first_chunk()?));
+    // The length of both, level and type.
+    let data = size_of::<usize>() + 8;
+    let kind = [word(data - 8)?, word(data - 4)?];
+    let status = word(data)?;
+    if kind != [libc::SOL_PACKET as u32, libc::PACKET_AUXDATA as u32] || status & VLAN_VALID == 0 {
+        return None;
+    }
+    let value = half(data + 16)?;
+    let protocol = match status & VLAN_PROTOCOL_VALID {
+        0 => libc::ETH_P_8021Q as u16,
+        _ => half(data + 18)?,
+    };
+    let ([a, b], [c, d]) = (protocol.to_be_bytes(), value.to_be_bytes());
+    Some([a, b, c, d])
+}
+
 impl Port for Interface {
     fn max_pairs(&self) -> u16 {
         1
@@ -125,12 +155,18 @@ impl Port for Interface {
     }
 
     fn receive(&self, _pair: u16, reader: &mut Reader<'_>) -> io::Result<Received> {
+        let mut lost = 0;
         for _ in 0..Reader::BATCH {
             let read = reader.read(|head, views, rest| {
                 let head = head.get_mut(..LEGACY_HEADER_LEN).unwrap_or_default();
-                let n = vectors::read(self.socket.as_fd(), head, views, rest)?;
-                n.checked_sub(LEGACY_HEADER_LEN)
-                    .ok_or_else(|| io::ErrorKind::InvalidData.into())
+                let mut control = [0u64; CONTROL_WORDS];
+                let fd = self.socket.as_fd();
+                let (n, said) = vectors::receive(fd, head, views, rest, &mut control)?;
+                let len = n.checked_sub(LEGACY_HEADER_LEN);
+                let len = len.ok_or(io::ErrorKind::InvalidData)?;
+                let control = control.as_bytes().get(..said).unwrap_or_default();
+                let tag = tag(control);
+                Ok(Came { len, tag })
             });
             match read {
                 Ok(true) => {}
@@ -141,10 +177,15 @@ impl Port for Interface {
                     io::ErrorKind::NetworkDown
                     | io::ErrorKind::Interrupted
                     | io::ErrorKind::InvalidData => {}
+                    // A frame that its header has no words for is gone.
+                    io::ErrorKind::InvalidInput => {
+                        reader.drop(Drop::PortError);
+                        lost += 1;
+                    }
                     _ => return Err(error),
                 },
             }
         }
-        Ok(Received::More)
+        Ok(Received::after_losing(lost))
     }
 }

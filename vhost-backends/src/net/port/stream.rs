@@ -118,7 +118,9 @@ impl Stream {
         socket.set_nonblocking(true)?;
         watch(&self.events, &socket, EventSet::IN)?;
         *lock(&self.input) = Input::default();
-        lock(&self.backlog).clear();
+        // Senders take the socket while they have the backlog: what is in it is for that socket.
+        let mut backlog = lock(&self.backlog);
+        backlog.clear();
         *lock(&self.socket) = Some(Arc::new(socket));
         Ok(())
     }
@@ -145,7 +147,7 @@ impl Stream {
     }
 
     /// Looks whether the peer came back.
-    fn look_for_peer(&self) {
+    fn look_for_peer(&self) -> Received {
         let expired = {
             let mut retry = lock(&self.retry);
             // Not to wait for it: it is read only if it is over.
@@ -154,13 +156,17 @@ impl Stream {
         };
         let socket = match &self.address {
             StreamAddress::Connect(dial) if expired => dial().ok(),
-            StreamAddress::Listen(listener) => listener.accept().ok().map(|(socket, _)| socket),
-            _ => return,
+            StreamAddress::Listen(listener) => match accept(listener) {
+                Ok(socket) => socket,
+                Err(_) => return Received::Away,
+            },
+            _ => return Received::Drained,
         };
         match socket.map(|socket| self.connected(socket)) {
             Some(Ok(())) => {}
             _ => self.try_later(),
         }
+        Received::Drained
     }
 
     fn want_writable(&self, socket: &UnixStream, wanted: bool) {
@@ -176,18 +182,44 @@ impl Stream {
             .ctl(ControlOperation::Modify, socket.as_raw_fd(), event);
     }
 
-    /// Writes of the backlog what the peer takes. Whether nothing is left.
-    fn flush(&self, socket: &UnixStream, backlog: &mut Vec<u8>) -> bool {
+    /// Writes of the backlog what the peer takes. Whether nothing is left; `None`: it takes
+    /// nothing any more.
+    fn flush(&self, socket: &UnixStream, backlog: &mut Vec<u8>) -> Option<bool> {
         if backlog.is_empty() {
-            return true;
+            return Some(true);
         }
-        if let Ok(n) = vectors::send(socket.as_fd(), backlog, &[]) {
-            backlog.drain(..n.min(backlog.len()));
-        }
+        let sent = self.write(socket, backlog, &[]);
+        let Some(sent) = sent else {
+            backlog.clear();
+            return None;
+        };
+        backlog.drain(..sent.min(backlog.len()));
         if backlog.is_empty() {
             self.want_writable(socket, false);
         }
-        backlog.is_empty()
+        Some(backlog.is_empty())
+    }
+
+    /// Sends what the peer takes now. `None`: it takes nothing any more, and is given up, which the
+    /// reading side sees.
+    fn write(
+        &self,
+        socket: &UnixStream,
+        head: &[u8],
+        pieces: &[VolatileSlice<'_, ()>],
+    ) -> Option<usize> {
+        match vectors::send(socket.as_fd(), head, pieces) {
+            Ok(n) => Some(n),
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Some(0),
+                _ => {
+                    // What is always writable must not be waited for.
+                    self.want_writable(socket, false);
+                    let _ = socket.shutdown(std::net::Shutdown::Both);
+                    None
+                }
+            },
+        }
     }
 
     /// Sends a frame, or keeps what the peer does not take now. `false`: there is no room.
@@ -195,13 +227,14 @@ impl Stream {
         // Shorter than 2^17.
         let length = (frame.len() as u32).to_be_bytes();
         let mut sent = 0;
-        if self.flush(socket, backlog) {
-            match vectors::send(socket.as_fd(), &length, frame.pieces()) {
-                Ok(n) if n == LENGTH + frame.len() => return true,
-                Ok(n) => sent = n,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // Seen by the reading side too.
-                Err(_) => return false,
+        let Some(flushed) = self.flush(socket, backlog) else {
+            return false;
+        };
+        if flushed {
+            match self.write(socket, &length, frame.pieces()) {
+                Some(n) if n == LENGTH + frame.len() => return true,
+                Some(n) => sent = n,
+                None => return false,
             }
             self.want_writable(socket, true);
         } else if backlog.len() + LENGTH + frame.len() > MAX_STREAM_BACKLOG {
@@ -251,6 +284,19 @@ impl Stream {
     }
 }
 
+/// Who waits for a connection. An error: nobody can have one now, and they go on waiting.
+fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
+    match listener.accept() {
+        Ok((socket, _)) => Ok(Some(socket)),
+        Err(error) => match error.kind() {
+            io::ErrorKind::WouldBlock
+            | io::ErrorKind::Interrupted
+            | io::ErrorKind::ConnectionAborted => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
 fn watch(epoll: &Epoll, fd: &impl AsRawFd, events: EventSet) -> io::Result<()> {
     let event = EpollEvent::new(events, 0);
     epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)
@@ -281,10 +327,10 @@ impl Port for Stream {
     }
 
     fn send(&self, _pair: u16, frames: &[Frame<'_>]) -> usize {
+        let mut backlog = lock(&self.backlog);
         let Some(socket) = lock(&self.socket).clone() else {
             return 0;
         };
-        let mut backlog = lock(&self.backlog);
         frames
             .iter()
             .take_while(|frame| self.send_one(&socket, &mut backlog, frame))
@@ -297,15 +343,15 @@ impl Port for Stream {
 
     fn receive(&self, _pair: u16, reader: &mut Reader<'_>) -> io::Result<Received> {
         let Some(socket) = lock(&self.socket).clone() else {
-            self.look_for_peer();
-            return Ok(Received::Drained);
+            return Ok(self.look_for_peer());
         };
         self.flush(&socket, &mut lock(&self.backlog));
         let mut input = lock(&self.input);
         let mut again = false;
         let received = loop {
             match Stream::parse(&mut input, reader) {
-                Parsed::NoBuffer => return Ok(Received::Drained),
+                // What waits for the peer goes on all the same.
+                Parsed::NoBuffer => return Ok(Received::Away),
                 Parsed::NeedsMore if again => break Ok(Received::More),
                 Parsed::NeedsMore => {}
                 Parsed::Nonsense => break Err("it does not send frames"),
@@ -326,7 +372,9 @@ impl Port for Stream {
             Ok(received) => {
                 if let StreamAddress::Listen(listener) = &self.address {
                     // One peer at a time; a second one is turned away.
-                    drop(listener.accept());
+                    if accept(listener).is_err() {
+                        return Ok(Received::Away);
+                    }
                 }
                 Ok(received)
             }
@@ -335,8 +383,7 @@ impl Port for Stream {
                     tracing::info!(reason, "a stream's peer is gone");
                 }
                 self.disconnect();
-                self.look_for_peer();
-                Ok(Received::Drained)
+                Ok(self.look_for_peer())
             }
         }
     }

@@ -2,14 +2,15 @@
 //!
 //! A frame is copied once, by the thread of its sender's queue, from the sender's memory into the
 //! receiver's buffers; large frames stay large for receivers that take them. What a port can cost
-//! the others is bounded: stations that it claims, frames that it has flooded, addresses that are
-//! somebody else's.
+//! the others is bounded: stations that it claims and how often, frames that it has flooded,
+//! addresses that are somebody else's. Nothing is copied while the table is locked.
 
 use super::Port;
 use crate::limit::{Limiter, Limits};
 use crate::net::frame::{Frame, Mac};
 use crate::net::limits::{
-    MAX_FLOOD_RATE, MAX_STATIONS, MAX_STATIONS_PER_PORT, MAX_SWITCH_PORTS, STATION_SECS,
+    MAX_FLOOD_BYTES, MAX_FLOOD_RATE, MAX_LEARN_RATE, MAX_STATIONS, MAX_STATIONS_PER_PORT,
+    MAX_SWITCH_PORTS, STATION_SECS,
 };
 use crate::net::offload::Offloads;
 use crate::net::receive::Inlet;
@@ -82,6 +83,11 @@ impl Switch {
             index,
             floods: Limiter::new(Limits {
                 iops: MAX_FLOOD_RATE,
+                bandwidth: MAX_FLOOD_BYTES,
+                ..Limits::default()
+            }),
+            learning: Limiter::new(Limits {
+                iops: MAX_LEARN_RATE,
                 ..Limits::default()
             }),
         })
@@ -91,10 +97,16 @@ impl Switch {
         u32::try_from(self.start.elapsed().as_secs()).unwrap_or(u32::MAX)
     }
 
-    /// Puts a station where it was seen, if there is room for it.
-    fn learn(&self, mac: Mac, port: usize, now: u32) {
-        let mut guard = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        let state = &mut *guard;
+    /// Puts stations where they were seen. `false`: there is no room for one.
+    fn learn(&self, macs: &[Mac], port: usize, now: u32) -> bool {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        macs.iter().all(|mac| state.learn(*mac, port, now))
+    }
+}
+
+impl State {
+    fn learn(&mut self, mac: Mac, port: usize, now: u32) -> bool {
+        let state = self;
         if state.stations.len() >= MAX_STATIONS
             || state
                 .counts
@@ -104,16 +116,16 @@ impl Switch {
             state.forget_old(now);
         }
         let moved = match state.stations.get(&mac) {
-            Some(station) if station.fixed => return,
+            Some(station) if station.fixed => return true,
             Some(station) => Some(station.port),
-            None if state.stations.len() >= MAX_STATIONS => return,
+            None if state.stations.len() >= MAX_STATIONS => return false,
             None => None,
         };
         let Some(count) = state.counts.get_mut(port) else {
-            return;
+            return false;
         };
         if *count >= MAX_STATIONS_PER_PORT {
-            return;
+            return false;
         }
         *count += 1;
         if let Some(before) = moved.and_then(|port| state.counts.get_mut(port)) {
@@ -125,10 +137,9 @@ impl Switch {
             seen: AtomicU32::new(now),
         };
         state.stations.insert(mac, station);
+        true
     }
-}
 
-impl State {
     /// Makes room; looks through the table once a second at most.
     fn forget_old(&mut self, now: u32) {
         if std::mem::replace(&mut self.cleaned, now) == now {
@@ -151,6 +162,7 @@ pub struct SwitchPort {
     switch: Arc<Switch>,
     index: usize,
     floods: Limiter,
+    learning: Limiter,
 }
 
 /// Where a frame goes.
@@ -195,9 +207,20 @@ impl SwitchPort {
             Some(station) => Way::To(station.port),
             None if self.floods.delay().is_some() => Way::Drop(Drop::Flood),
             None => {
-                self.floods.charge(0);
+                self.floods
+                    .charge_many(frame.segments(), frame.len() as u64);
                 Way::Flood
             }
+        }
+    }
+}
+
+impl SwitchPort {
+    fn leads_to(&self, way: Way, port: usize) -> bool {
+        match way {
+            Way::To(to) => to == port,
+            Way::Flood => port != self.index,
+            Way::Drop(_) => false,
         }
     }
 }
@@ -228,46 +251,108 @@ impl Port for SwitchPort {
     fn send(&self, _pair: u16, frames: &[Frame<'_>]) -> usize {
         let now = self.switch.now();
         let mut strangers = Vec::new();
-        {
-            let state = self
-                .switch
-                .state
-                .read()
-                .unwrap_or_else(PoisonError::into_inner);
-            let ways: Vec<Way> = frames
-                .iter()
-                .map(|frame| self.way(&state, frame, now, &mut strangers))
-                .collect();
-            for (index, port) in state.ports.iter().enumerate() {
-                let mut chosen = frames
-                    .iter()
-                    .zip(&ways)
-                    .filter(|(_, way)| match way {
-                        Way::To(to) => *to == index,
-                        Way::Flood => index != self.index,
-                        Way::Drop(_) => false,
-                    })
-                    .map(|(frame, _)| frame)
-                    .peekable();
-                if chosen.peek().is_none() {
-                    continue;
-                }
-                if let Some(guest) = port.as_ref().and_then(Weak::upgrade) {
-                    guest.deliver(&mut chosen);
-                }
-            }
-            let own = state.ports.get(self.index).and_then(Option::as_ref);
-            if let Some(own) = own.and_then(Weak::upgrade) {
-                for way in &ways {
-                    if let Way::Drop(reason) = way {
-                        own.count_drop(*reason);
-                    }
-                }
+        let state = self
+            .switch
+            .state
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let ways: Vec<Way> = frames
+            .iter()
+            .map(|frame| self.way(&state, frame, now, &mut strangers))
+            .collect();
+        let guests: Vec<(usize, Arc<Inlet>)> = (0..)
+            .zip(&state.ports)
+            .filter(|(index, _)| ways.iter().any(|way| self.leads_to(*way, *index)))
+            .filter_map(|(index, port)| Some((index, port.as_ref()?.upgrade()?)))
+            .collect();
+        let own = state.ports.get(self.index).and_then(Option::as_ref);
+        let own = own.and_then(Weak::upgrade);
+        // Others go on while this thread copies.
+        drop(state);
+        for (index, guest) in guests {
+            let chosen = frames.iter().zip(&ways);
+            let chosen = chosen.filter(|(_, way)| self.leads_to(**way, index));
+            guest.deliver(&mut chosen.map(|(frame, _)| frame));
+        }
+        for way in &ways {
+            if let (Way::Drop(reason), Some(own)) = (way, &own) {
+                own.count_drop(*reason);
             }
         }
-        for mac in strangers {
-            self.switch.learn(mac, self.index, now);
+        if !strangers.is_empty() && self.learning.delay().is_none() {
+            let learned = self.switch.learn(&strangers, self.index, now);
+            // Where there is no room, not to ask again for a second.
+            let cost = if learned { 1 } else { MAX_LEARN_RATE };
+            self.learning.charge_many(cost, 0);
         }
         frames.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::{NetDevice, NetOptions};
+    use pv_abi::virtio::net::Header;
+    use std::sync::mpsc;
+    use std::time::Duration;
+    use vm_memory::VolatileSlice;
+
+    fn joined(switch: &Arc<Switch>, index: u8) -> (Arc<SwitchPort>, NetDevice) {
+        let port = Arc::new(switch.port().unwrap());
+        let options = NetOptions::with_mac(Mac([2, 0, 0, 0, 0, index]));
+        (Arc::clone(&port), NetDevice::new(port, options))
+    }
+
+    fn send(port: &SwitchPort, to: u8, from: [u8; 6]) {
+        let mut bytes = [&[2, 0, 0, 0, 0, to], &from[..], &[0x88, 0xb5], &[0; 46]].concat();
+        let pieces = [VolatileSlice::from(&mut bytes[..])];
+        port.send(0, &[Frame::new(Header::default(), &pieces, 60)]);
+    }
+
+    #[test]
+    fn a_receiver_that_takes_long_holds_nobody_else_up() {
+        let switch = Arc::new(Switch::default());
+        let (first, _device) = joined(&switch, 1);
+        let (_, slow) = joined(&switch, 2);
+        let held = slow.inlet.lock(0).unwrap();
+        std::thread::scope(|scope| {
+            let stuck = scope.spawn(move || send(&first, 2, [2, 0, 0, 0, 0, 1]));
+            let (done, wait) = mpsc::channel();
+            let switch = &switch;
+            scope.spawn(move || {
+                // Until the first sender waits for the receiver, or has had time to.
+                std::thread::sleep(Duration::from_millis(100));
+                let (third, _device) = joined(switch, 3);
+                let (_, fourth) = joined(switch, 4);
+                // A stranger's address, so that it is learned as well.
+                send(&third, 4, [2, 0, 0, 0, 0, 9]);
+                let stats = fourth.stats().snapshot();
+                assert_eq!(stats.dropped(Drop::NoQueue), 1, "it has no queue open");
+                done.send(()).unwrap();
+            });
+            let others = wait.recv_timeout(Duration::from_secs(20));
+            let waits = !stuck.is_finished();
+            drop(held);
+            others.expect("the others went on");
+            assert!(waits, "the first one waits for its receiver");
+        });
+    }
+
+    #[test]
+    fn learning_ends_at_a_ports_share() {
+        let switch = Arc::new(Switch::default());
+        let (port, _device) = joined(&switch, 1);
+        let macs: Vec<Mac> = (0..2000u16)
+            .map(|i| Mac([2, 1, 0, 0, (i >> 8) as u8, i as u8]))
+            .collect();
+        let learned = macs
+            .chunks(4)
+            .filter(|four| switch.learn(four, port.index, 0));
+        // One is the port's own, which does not count.
+        assert_eq!(learned.count(), MAX_STATIONS_PER_PORT / 4);
+        // Once there is no room, nothing is asked for a while.
+        send(&port, 9, [2, 3, 0, 0, 0, 0]);
+        assert!(port.learning.delay().is_some());
     }
 }

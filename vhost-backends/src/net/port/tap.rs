@@ -9,7 +9,9 @@ use super::{Port, Received, vectors};
 use crate::net::frame::Frame;
 use crate::net::limits::MAX_QUEUE_PAIRS;
 use crate::net::offload::Offloads;
-use crate::net::source::Reader;
+use crate::net::source::{Came, Reader};
+use crate::net::stats::Drop;
+use crate::session::quota::PEER_LINES;
 use pv_abi::virtio::net::Header;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -149,7 +151,9 @@ impl Tap {
             let mut request = request(flag as libc::c_short);
             // SAFETY: the request is an ifreq that lives through the call.
             let done = unsafe { libc::ioctl(file.as_raw_fd(), LATE_IOCTLS[1], &raw mut request) };
-            if let Err(error) = check(done) {
+            if let Err(error) = check(done)
+                && PEER_LINES.may_say()
+            {
                 tracing::warn!(%error, index, "a tap queue stays as it was");
             }
         }
@@ -199,7 +203,9 @@ impl Port for Tap {
                 bits |= if taken { bit } else { 0 };
             }
         }
-        if let Err(error) = self.tell(bits) {
+        if let Err(error) = self.tell(bits)
+            && PEER_LINES.may_say()
+        {
             // Frames come as they came before, and are completed on the way to the guest.
             tracing::warn!(%error, "the tap interface keeps its offloads");
         }
@@ -233,11 +239,13 @@ impl Port for Tap {
         let Some(file) = self.queues.get(usize::from(pair)) else {
             return Ok(Received::Drained);
         };
+        let mut lost = 0;
         for _ in 0..Reader::BATCH {
             let read = reader.read(|head, views, rest| {
                 let n = vectors::read(file.as_fd(), head, views, rest)?;
-                n.checked_sub(head.len())
-                    .ok_or_else(|| io::ErrorKind::InvalidData.into())
+                let len = n.checked_sub(head.len());
+                let len = len.ok_or(io::ErrorKind::InvalidData)?;
+                Ok(Came { len, tag: None })
             });
             match read {
                 Ok(true) => {}
@@ -245,6 +253,11 @@ impl Port for Tap {
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(Received::Drained),
                     io::ErrorKind::Interrupted => {}
+                    // A frame that its header has no words for is gone.
+                    io::ErrorKind::InvalidInput => {
+                        reader.drop(Drop::PortError);
+                        lost += 1;
+                    }
                     // The interface is gone, or this queue is detached.
                     _ if error.raw_os_error() == Some(libc::EBADFD) => {
                         return Ok(Received::Away);
@@ -253,6 +266,6 @@ impl Port for Tap {
                 },
             }
         }
-        Ok(Received::More)
+        Ok(Received::after_losing(lost))
     }
 }

@@ -1,6 +1,6 @@
 //! Reads and writes of frames: vectors into memory that may be a guest's.
 #![allow(unsafe_code)]
-// UNSAFETY: readv, writev, sendmsg on guest memory, which no Rust slice may describe.
+// UNSAFETY: readv, writev, sendmsg, recvmsg on guest memory, which no Rust slice may describe.
 
 use smallvec::SmallVec;
 use std::io;
@@ -62,6 +62,30 @@ pub(super) fn read(
     // SAFETY: head and tail are borrowed mutably, and the views are mapped memory to which no
     // Rust reference exists, all through the call.
     outcome(unsafe { libc::readv(fd.as_raw_fd(), vectors.list.as_ptr(), vectors.count()) })
+}
+
+/// Receives as [`read`] does, with what the socket says about the message: so many bytes of
+/// `control`.
+pub(super) fn receive(
+    fd: BorrowedFd<'_>,
+    head: &mut [u8],
+    views: &[VolatileSlice<'_, ()>],
+    tail: &mut [u8],
+    control: &mut [u64],
+) -> io::Result<(usize, usize)> {
+    let mut vectors = Vectors::new(views.len());
+    vectors.push(head.as_mut_ptr(), head.len());
+    vectors.push_pieces(views);
+    vectors.push(tail.as_mut_ptr(), tail.len());
+    // SAFETY: all-zero is a valid msghdr.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = vectors.list.as_mut_ptr();
+    message.msg_iovlen = vectors.list.len();
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(control);
+    // SAFETY: as in `read`; the control data is borrowed mutably, and as long as is said.
+    let n = outcome(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, 0) })?;
+    Ok((n, message.msg_controllen))
 }
 
 /// Writes a head and pieces as one message.
