@@ -38,7 +38,7 @@ fn budget(accel: Accel, shape: Shape) -> usize {
     let common = events
         + 1
         + 2 * arenas
-        + 4
+        + 2
         + 7 * blocks
         + 4 * shape.in_process
         + 2 * usize::from(shape.console);
@@ -87,8 +87,31 @@ fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("/proc").count() - 1
 }
 
+/// Descriptors that a program run now would be given, and what they are.
+fn inherited() -> Vec<String> {
+    const CLOEXEC: u32 = 0o2_000_000;
+    let mut list = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fdinfo").expect("/proc") {
+        let name = entry.expect("an entry").file_name();
+        let name = name.to_str().expect("a number");
+        // The one with which the directory is read may be gone.
+        let Ok(info) = std::fs::read_to_string(format!("/proc/self/fdinfo/{name}")) else {
+            continue;
+        };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = u32::from_str_radix(flags.expect("flags").trim(), 8).expect("octal");
+        if flags & CLOEXEC == 0 {
+            let what = std::fs::read_link(format!("/proc/self/fd/{name}"));
+            list.push(format!("{name}: {what:?}"));
+        }
+    }
+    list.sort();
+    list
+}
+
 #[test]
 fn a_vm_holds_the_descriptors_that_the_threat_model_says() {
+    let standard = inherited();
     let small = Shape {
         vcpus: 1,
         blocks: &[],
@@ -144,6 +167,7 @@ fn a_vm_holds_the_descriptors_that_the_threat_model_says() {
                 std::thread::sleep(Duration::from_millis(1));
             }
             assert_eq!(open_descriptors() - before, wanted, "{accel} {shape:?}");
+            assert_eq!(inherited(), standard, "{accel} {shape:?}: left to programs");
             drop(vm);
             assert_eq!(open_descriptors(), before, "{accel} {shape:?}: left behind");
         }

@@ -8,13 +8,12 @@ use crate::limits::DEVICE_BATCH;
 use crate::memory::keep_private;
 use crate::vm::events::signal;
 use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
-    SubscriberOps,
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use vhost_backends::ring::{Completion, DeviceRing, OwnedChain, RingConfig, SplitRing};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -33,11 +32,13 @@ pub(crate) trait ChainServer: Send {
 
 type Boxed = Box<dyn MutEventSubscriber + Send>;
 
+/// What others want of the loop; done on its thread, between two rounds.
+type Wish = Box<dyn FnOnce(&mut EventManager<Boxed>) + Send>;
+
 /// The thread that serves all in-process devices of a VM, and its periodic work.
 pub(crate) struct LocalThread {
-    endpoint: Arc<Mutex<RemoteEndpoint<Boxed>>>,
+    endpoint: LocalEndpoint,
     stop: Arc<AtomicBool>,
-    wake: EventFd,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -57,10 +58,12 @@ impl LocalThread {
         panicked: impl FnOnce() + Send + 'static,
     ) -> io::Result<(LocalThread, Starter)> {
         let mut manager = EventManager::<Boxed>::new().map_err(other)?;
-        let endpoint = Arc::new(Mutex::new(manager.remote_endpoint()));
+        // The crate's own remote endpoint would be inherited by every program that the embedder runs:
+        // its eventfd is not close-on-exec.
+        let (wishes, wanted) = mpsc::channel::<Wish>();
         let stop = Arc::new(AtomicBool::new(false));
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        manager.add_subscriber(Box::new(Waker(wake.try_clone()?)));
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        manager.add_subscriber(Box::new(Waker(Arc::clone(&wake))));
         let stopped = Arc::clone(&stop);
         let body = move || {
             let _guard = OnPanic(Some(panicked));
@@ -70,6 +73,9 @@ impl LocalThread {
                 if let Err(error) = manager.run_with_timeout(millis) {
                     tracing::error!(?error, "the device loop failed");
                     return;
+                }
+                for wish in wanted.try_iter() {
+                    wish(&mut manager);
                 }
                 if std::time::Instant::now() >= next {
                     (periodic.1)();
@@ -83,9 +89,8 @@ impl LocalThread {
                 .spawn(body)
         };
         let local = LocalThread {
-            endpoint,
+            endpoint: LocalEndpoint { wishes, wake },
             stop,
-            wake,
             thread: None,
         };
         Ok((local, Starter(Box::new(start))))
@@ -97,14 +102,14 @@ impl LocalThread {
     }
 
     pub(crate) fn endpoint(&self) -> LocalEndpoint {
-        LocalEndpoint(Arc::clone(&self.endpoint))
+        self.endpoint.clone()
     }
 }
 
 impl Drop for LocalThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
-        let _ = signal(&self.wake);
+        let _ = signal(&self.endpoint.wake);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -124,38 +129,51 @@ impl<F: FnOnce()> Drop for OnPanic<F> {
     }
 }
 
-struct Waker(EventFd);
+struct Waker(Arc<EventFd>);
 
 impl MutEventSubscriber for Waker {
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         let _ = self.0.read();
     }
     fn init(&mut self, ops: &mut EventOps) {
-        let _ = ops.add(Events::new(&self.0, EventSet::IN));
+        let _ = ops.add(Events::new(&*self.0, EventSet::IN));
     }
 }
 
 /// Adds queues to the loop, and takes them out again.
 #[derive(Clone)]
-pub(crate) struct LocalEndpoint(Arc<Mutex<RemoteEndpoint<Boxed>>>);
+pub(crate) struct LocalEndpoint {
+    wishes: mpsc::Sender<Wish>,
+    wake: Arc<EventFd>,
+}
 
 impl LocalEndpoint {
+    /// Has something done with the loop, and waits for what comes of it.
+    fn ask<T: Send + 'static>(
+        &self,
+        what: impl FnOnce(&mut EventManager<Boxed>) -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let (answer, answered) = mpsc::channel();
+        let wish: Wish = Box::new(move |manager| {
+            let _ = answer.send(what(manager));
+        });
+        let over = || io::Error::other("the device loop has ended");
+        self.wishes.send(wish).map_err(|_| over())?;
+        signal(&self.wake)?;
+        // A loop that ends drops the wish, and with it the sender.
+        answered.recv().map_err(|_| over())
+    }
+
     fn add(&self, subscriber: Boxed) -> io::Result<SubscriberId> {
-        let endpoint = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        endpoint
-            .call_blocking(|manager| {
-                Ok::<_, event_manager::Error>(manager.add_subscriber(subscriber))
-            })
-            .map_err(other)
+        self.ask(|manager| manager.add_subscriber(subscriber))
     }
 
     /// The subscriber is gone, and not being called, once this returns.
     fn remove(&self, id: SubscriberId) {
-        let endpoint = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let removed =
-            endpoint.call_blocking(move |manager| manager.remove_subscriber(id).map(|_| ()));
-        if let Err(error) = removed {
-            tracing::debug!(?error, "a queue was gone already");
+        match self.ask(move |manager| manager.remove_subscriber(id).map(drop)) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(?error, "a queue was gone already"),
+            Err(error) => tracing::debug!(%error, "a queue went with the loop"),
         }
     }
 }

@@ -238,7 +238,8 @@ impl Turns {
         if holds(self) {
             return true;
         }
-        drop(self.wait(guard, at_most));
+        // Held while it is looked at: what is true without it may not be at the caller's.
+        let _guard = self.wait(guard, at_most);
         holds(self)
     }
 }
@@ -280,6 +281,19 @@ mod tests {
         });
         assert!(turns.all_done() && turns.stopped());
         assert!(!turns.turn(0, Place::Running) && turns.wait_for_start(0).is_none());
+    }
+
+    #[test]
+    fn what_is_waited_for_is_looked_at_under_the_lock() {
+        let turns = Turns::new(1);
+        let looks = AtomicU32::new(0);
+        let holds = |turns: &Turns| {
+            looks.fetch_add(1, Ordering::Relaxed);
+            assert!(turns.starts.try_lock().is_err(), "a start may come between");
+            false
+        };
+        assert!(!turns.wait_for(holds, Some(Duration::from_millis(1))));
+        assert_eq!(looks.into_inner(), 2);
     }
 
     #[test]
