@@ -6,10 +6,10 @@ use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use vhost_backends::session;
+use vhost_backends::session::{self, Device, FrontendLink, QueueSetup, QueueWorker};
 use vmm_core::{BlockConfig, BuildError, Image, VmBuilder, VmEvent};
 
 /// A `pv-blkd` that the test runs, as somebody else would.
@@ -74,11 +74,12 @@ fn an_unsupervised_backend_is_killed_and_restarted_under_load() {
             .call(7, move |call| {
                 // One kill at a time: the next when the guest has its disk back.
                 let done = counted.load(Ordering::SeqCst);
-                if done < KILLS && back.load(Ordering::SeqCst) == done {
+                let over = back.load(Ordering::SeqCst) == done;
+                if done < KILLS && over {
                     counted.fetch_add(1, Ordering::SeqCst);
                     killed.lock().unwrap().kill_and_restart();
                 }
-                call.finish(Ok(u64::from(done >= KILLS)));
+                call.finish(Ok(u64::from(done >= KILLS && over)));
             })
             .build()
             .unwrap()
@@ -307,4 +308,83 @@ fn a_backend_of_this_process_that_does_not_end_is_left_behind() {
     drop(vm);
     assert!(started.elapsed() < patience(10), "{:?}", started.elapsed());
     drop(release);
+}
+
+/// A disk that says all the time that it has another size, and has it.
+struct Restless {
+    disk: Arc<dyn Device>,
+    reads: AtomicU64,
+    link: Mutex<Option<Arc<FrontendLink>>>,
+}
+
+impl Device for Restless {
+    fn queue_count(&self) -> u16 {
+        self.disk.queue_count()
+    }
+    fn features(&self) -> u64 {
+        self.disk.features()
+    }
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.disk.config();
+        let reads = self.reads.fetch_add(1, Ordering::SeqCst);
+        if let Some(lowest) = config.first_mut() {
+            *lowest = lowest.wrapping_add(reads as u8);
+        }
+        config
+    }
+    fn set_frontend(&self, frontend: Option<Arc<FrontendLink>>) {
+        *self.link.lock().unwrap() = frontend;
+    }
+    fn open_queue(&self, setup: QueueSetup) -> std::io::Result<Box<dyn QueueWorker>> {
+        self.disk.open_queue(setup)
+    }
+}
+
+#[test]
+fn a_backend_that_changes_all_the_time_is_looked_at_now_and_then() {
+    const PAUSE: Duration = Duration::from_millis(100);
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    blank_image(&image).unwrap();
+    let disk = Arc::new(Restless {
+        disk: block_device(&image, false).unwrap(),
+        reads: AtomicU64::new(0),
+        link: Mutex::new(None),
+    });
+    for accel in accels().unwrap() {
+        let started = Instant::now();
+        disk.reads.store(0, Ordering::SeqCst);
+        let served = Arc::clone(&disk);
+        let backend = BlockConfig::in_process(move |stream| session::serve(&*served, stream));
+        let vm = suite_vm("life.spin", accel).unwrap().block(backend);
+        let vm = vm.build().unwrap().run().unwrap();
+        let link = disk.link.lock().unwrap().clone().expect("a channel");
+        let over = AtomicBool::new(false);
+        let told = std::thread::scope(|scope| {
+            let flood = scope.spawn(|| {
+                let mut told = 0;
+                while !over.load(Ordering::SeqCst) {
+                    link.config_changed().unwrap();
+                    told += 1;
+                }
+                told
+            });
+            // The guest hears of changes, and everything else goes on.
+            let deadline = Instant::now() + patience(30);
+            while vm.stats().config_events < 10 {
+                assert!(Instant::now() < deadline, "{:?}", vm.stats());
+                vm.pause().unwrap();
+                vm.resume().unwrap();
+            }
+            over.store(true, Ordering::SeqCst);
+            flood.join().unwrap()
+        });
+        let (reads, events) = (disk.reads.load(Ordering::SeqCst), vm.stats().config_events);
+        let most = started.elapsed().as_millis().div_ceil(PAUSE.as_millis()) as u64;
+        println!("{accel}: {told} changes told, {reads} reads, {events} events, at most {most}");
+        // And the ones of the handshake.
+        assert!(reads <= most + 2 && events <= most + 2);
+        assert_eq!(vm.stats().backend_losses, 0);
+        vm.stop();
+    }
 }

@@ -187,6 +187,7 @@ const CASES: &[(&str, End)] = &[
     ("net.link", Fine),
     ("net.backend_link", Fine),
     ("net.reopen", Fine),
+    ("net.forgotten", Fine),
     ("net.bad_setup", Fine),
     ("net.kill", Fine),
     ("net.raw_good", Fine),
@@ -355,9 +356,11 @@ fn run(
         "soak.kill" | "net.kill" => {
             let kills = soak.kills.load(Ordering::Relaxed);
             let stats = vm.stats();
-            ensure!(kills >= KILLS, "only {kills} kills");
-            // The guest may be done before the last end is noticed.
-            ensure!(stats.backend_reconnects + 1 >= KILLS, "{stats:?}");
+            // One end at a time, each after the guest had the device back from the one before, and the
+            // guest went on until it was over the last one.
+            ensure!(kills == KILLS, "{kills} ends");
+            ensure!(stats.backend_reconnects >= KILLS, "{stats:?}");
+            ensure!(stats.backend_losses >= KILLS, "{stats:?}");
             println!(
                 "{accel}::{case}, backends {backend}: {kills} ends, {} {} verified, {} losses, {} reconnects",
                 soak.done.load(Ordering::Relaxed),
@@ -484,9 +487,8 @@ impl Transcript {
 #[derive(Default)]
 struct Soak {
     vm: OnceLock<std::sync::Weak<VmHandle>>,
-    last_pid: AtomicU64,
     kills: AtomicU64,
-    /// Writes or frames that the guest has found to be right.
+    /// Writes or frames that the guest has found to be right, when it was last over an end.
     done: AtomicU64,
     /// The card, if its backend runs in this process.
     card: OnceLock<Arc<NetDevice>>,
@@ -541,19 +543,27 @@ impl Soak {
         Some(true)
     }
 
-    /// Ends the backend of the first disk, if it is one that has not been ended yet.
-    fn kill(&self) -> Option<u64> {
+    /// Ends the backend of the first device, unless the guest, which has found so much to be right,
+    /// is not over the last end yet; whether it is over all of them.
+    fn kill(&self, done: u64) -> Option<u64> {
         let vm = self.vm.get()?.upgrade()?;
+        let kills = self.kills.load(Ordering::Relaxed);
+        if vm.stats().backend_reconnects < kills || done <= self.done.load(Ordering::Relaxed) {
+            return Some(0);
+        }
+        self.done.store(done, Ordering::Relaxed);
+        if kills >= KILLS {
+            return Some(1);
+        }
         let pid = *vm.backend_pids().first()?;
-        if pid != 0 && self.last_pid.swap(pid.into(), Ordering::Relaxed) != u64::from(pid) {
+        let ending = self.ending.lock().ok()?.take();
+        if pid != 0 || ending.is_some() {
+            self.kills.store(kills + 1, Ordering::Relaxed);
+        }
+        if pid != 0 {
             kill_9(pid);
-            self.kills.fetch_add(1, Ordering::Relaxed);
         }
-        if let Some(ending) = self.ending.lock().ok()?.take() {
-            self.kills.fetch_add(1, Ordering::Relaxed);
-            drop(ending);
-        }
-        Some(u64::from(self.kills.load(Ordering::Relaxed) >= KILLS))
+        Some(0)
     }
 }
 
@@ -600,8 +610,7 @@ fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
         })
         .call(7, move |call| {
             let [completed, ..] = call.args();
-            soak.done.store(completed, Ordering::Relaxed);
-            let enough = soak.kill().unwrap_or(0);
+            let enough = soak.kill(completed).unwrap_or(0);
             call.finish(Ok(enough));
         })
         .call(8, move |call| {

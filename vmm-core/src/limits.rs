@@ -41,6 +41,12 @@ pub const STEADY_CONNECTION: Duration = Duration::from_secs(2);
 pub const BACKEND_DEATH: Duration = Duration::from_secs(2);
 /// Bytes of a message that a backend sends unasked; the longest that there is has some 40.
 pub const MAX_NOTICE: usize = 4096;
+/// Least time between two reads of a configuration that a backend says has changed; what it says
+/// meanwhile is one more change.
+pub const REFRESH_PAUSE: Duration = Duration::from_millis(100);
+/// How long such a read may take. Who resets the device waits for it, and `pause` for them: this is
+/// far below [`VCPU_KICK_TIMEOUT`].
+pub const REFRESH_DEADLINE: Duration = Duration::from_secs(2);
 /// Such messages that are taken before the link looks at anything else.
 pub const NOTICES_AT_ONCE: usize = 16;
 /// Least and most MTU of a network card: what IPv4 needs, and what fits the field.

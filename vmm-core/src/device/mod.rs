@@ -30,7 +30,7 @@ use pv_abi::virtio::net::feature::GUEST_ANNOUNCE;
 use std::io;
 use std::mem::offset_of;
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// What a backend offers to the driver.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -86,7 +86,6 @@ struct SlotState {
     generation: u32,
     offer: Offer,
     config_vcpu: Option<u32>,
-    backend: Option<Box<dyn Backend>>,
     /// A backend that is gone may still be touching the queues; resets wait until it is known not to.
     undrained: bool,
     waiting: Vec<(u32, u32)>,
@@ -114,6 +113,10 @@ pub(crate) struct Slot {
     pub(crate) io: DeviceIo,
     memory: Arc<GuestMemory>,
     counters: Arc<Counters>,
+    /// Held for as long as something is asked of it, which it may take its time to answer. Locked
+    /// before `state`, never after.
+    backend: Mutex<Option<Box<dyn Backend>>>,
+    /// Held for moments only: nobody waits for a backend with it.
     state: Mutex<SlotState>,
 }
 
@@ -132,7 +135,6 @@ impl Slot {
             generation: 0,
             offer: Offer::default(),
             config_vcpu: None,
-            backend: None,
             undrained: false,
             waiting: Vec::new(),
             link: (info.kind == kind::NET).then_some(LinkStatus::NEW),
@@ -142,6 +144,7 @@ impl Slot {
             io,
             memory,
             counters,
+            backend: Mutex::new(None),
             state: Mutex::new(state),
         }
     }
@@ -150,14 +153,19 @@ impl Slot {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn backend(&self) -> MutexGuard<'_, Option<Box<dyn Backend>>> {
+        self.backend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(crate) fn state(&self) -> DeviceState {
         self.lock().state
     }
 
     /// A backend stands behind the device now. Tells the guest, unless it has a reset to do first.
     pub(crate) fn backend_ready(&self, backend: Box<dyn Backend>, offer: Offer) -> io::Result<()> {
+        let mut place = self.backend();
         let mut state = self.lock();
-        state.backend = Some(backend);
+        *place = Some(backend);
         state.offer = offer;
         // A backend takes a new connection only once it is done with the old one.
         state.undrained = false;
@@ -178,8 +186,9 @@ impl Slot {
     ///
     /// Returns whether the device was in use.
     pub(crate) fn backend_lost(&self, drained: bool) -> io::Result<bool> {
+        let mut backend = self.backend();
         let mut state = self.lock();
-        state.backend = None;
+        *backend = None;
         let in_use = matches!(state.state, DeviceState::Active | DeviceState::NeedsReset);
         match state.state {
             DeviceState::Active | DeviceState::NeedsReset => state.undrained = !drained,
@@ -199,19 +208,24 @@ impl Slot {
     }
 
     /// The backend's configuration has changed: the guest is told, if it makes a difference.
-    pub(crate) fn refresh(&self) -> io::Result<()> {
-        let mut state = self.lock();
-        let Some(backend) = state.backend.as_mut() else {
-            return Ok(());
+    ///
+    /// `false`: something else is being asked of the backend, and this does not wait for it.
+    pub(crate) fn refresh(&self) -> io::Result<bool> {
+        let mut backend = match self.backend.try_lock() {
+            Ok(backend) => backend,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(false),
         };
-        match backend.offer()? {
-            Some(offer) if offer.config != state.offer.config => {
-                state.offer.config = offer.config;
-                self.publish(&state)?;
-                self.config_event(&state)
-            }
-            _ => Ok(()),
+        let offer = backend.as_mut().map_or(Ok(None), |b| b.offer())?;
+        let mut state = self.lock();
+        if let Some(offer) = offer
+            && offer.config != state.offer.config
+        {
+            state.offer.config = offer.config;
+            self.publish(&state)?;
+            self.config_event(&state)?;
         }
+        Ok(true)
     }
 
     /// Takes a network card's link up or down. `false`: it is no network card.
@@ -231,8 +245,45 @@ impl Slot {
     /// `DEVICE_ACTIVATE`: freezes the queues and has them served.
     pub(crate) fn activate(&self, setup: Setup, wait_for: WaitFor<'_>) -> Result<u32, Status> {
         let _span = tracing::debug_span!("activate", device = self.info.index).entered();
-        let mut guard = self.lock();
-        let state = &mut *guard;
+        // From here to the end no other activation or reset comes between.
+        let mut place = self.backend();
+        self.await_queues(&setup, wait_for)?;
+        let backend = place.as_mut().ok_or(Status::Again)?;
+        if let Err(error) = backend.activate(&setup, &self.io) {
+            tracing::debug!(device = self.info.index, %error, "activation failed");
+            // Some of the rings may be served by now.
+            if backend.reset().is_ok() {
+                return Err(Status::HostError);
+            }
+            // The backend is about to be reported lost; the guest waits for that event.
+            *place = None;
+            let _ = self.give_up();
+            return Err(Status::Again);
+        }
+        let mut state = self.lock();
+        state.state = DeviceState::Active;
+        state.generation = state.generation.wrapping_add(1);
+        let generation = state.generation;
+        let announced = match &mut state.link {
+            Some(link) if setup.features & GUEST_ANNOUNCE == 0 => {
+                std::mem::take(&mut link.announce)
+            }
+            _ => false,
+        };
+        let mac = net::mac(&state.offer.config).filter(|_| announced);
+        self.publish(&state).map_err(|_| Status::HostError)?;
+        drop(state);
+        if let Some(mac) = mac
+            && let Err(error) = backend.announce(mac)
+        {
+            tracing::debug!(device = self.info.index, %error, "not announced");
+        }
+        Ok(generation)
+    }
+
+    /// Checks that the device can be activated, and has the queues' vCPUs wait for their events.
+    fn await_queues(&self, setup: &Setup, wait_for: WaitFor<'_>) -> Result<(), Status> {
+        let mut state = self.lock();
         match state.state {
             DeviceState::Negotiated => {}
             DeviceState::Absent => return Err(Status::Again),
@@ -267,46 +318,26 @@ impl Slot {
         }
         state.waiting = events;
         state.config_vcpu = Some(setup.config_vcpu);
-        let backend = state.backend.as_mut().ok_or(Status::Again)?;
-        if let Err(error) = backend.activate(&setup, &self.io) {
-            tracing::debug!(device = self.info.index, %error, "activation failed");
-            // Some of the rings may be served by now.
-            if backend.reset().is_ok() {
-                return Err(Status::HostError);
-            }
-            // The backend is about to be reported lost; the guest waits for that event.
-            give_up(state);
-            let _ = self.publish(&guard);
-            return Err(Status::Again);
-        }
-        state.state = DeviceState::Active;
-        state.generation = state.generation.wrapping_add(1);
-        let generation = state.generation;
-        if let Some(link) = &mut state.link
-            && setup.features & GUEST_ANNOUNCE == 0
-            && std::mem::take(&mut link.announce)
-            && let Some(mac) = net::mac(&state.offer.config)
-            && let Err(error) = backend.announce(mac)
-        {
-            tracing::debug!(device = self.info.index, %error, "not announced");
-        }
-        self.publish(&guard).map_err(|_| Status::HostError)?;
-        Ok(generation)
+        Ok(())
     }
 
     /// `DEVICE_RESET`: nothing touches the queues once this has returned.
     pub(crate) fn reset(&self) -> Result<DeviceState, Status> {
         let _span = tracing::debug_span!("reset", device = self.info.index).entered();
+        let mut place = self.backend();
+        // While the backend's lock is held, nothing but this makes an active device another.
+        let active = self.state() == DeviceState::Active;
+        if active
+            && let Some(backend) = place.as_mut()
+            && let Err(error) = backend.reset()
+        {
+            tracing::debug!(device = self.info.index, %error, "the backend did not stop");
+            *place = None;
+            self.give_up().map_err(|_| Status::HostError)?;
+            return Err(Status::Again);
+        }
         let mut state = self.lock();
-        if state.state == DeviceState::Active {
-            if let Some(backend) = state.backend.as_mut()
-                && let Err(error) = backend.reset()
-            {
-                tracing::debug!(device = self.info.index, %error, "the backend did not stop");
-                give_up(&mut state);
-                self.publish(&state).map_err(|_| Status::HostError)?;
-                return Err(Status::Again);
-            }
+        if active {
             state.generation = state.generation.wrapping_add(1);
             if let Some(link) = &mut state.link {
                 // The driver has seen it.
@@ -317,7 +348,7 @@ impl Slot {
             // The configuration event will say when to try again.
             return Err(Status::Again);
         }
-        state.state = if state.backend.is_some() {
+        state.state = if place.is_some() {
             DeviceState::Negotiated
         } else {
             DeviceState::Absent
@@ -328,11 +359,12 @@ impl Slot {
 
     /// `DEVICE_CONFIG_WRITE`.
     pub(crate) fn config_write(&self, offset: u64, width: u64, value: u64) -> Result<(), Status> {
-        let mut state = self.lock();
         if !matches!(width, 1 | 2 | 4 | 8) {
             return Err(Status::BadLength);
         }
-        let len = u64::try_from(state.offer.config.len()).map_err(|_| Status::HostError)?;
+        let mut backend = self.backend();
+        let len = self.lock().offer.config.len();
+        let len = u64::try_from(len).map_err(|_| Status::HostError)?;
         if offset.checked_add(width).is_none_or(|end| end > len) {
             return Err(Status::BadAddress);
         }
@@ -344,8 +376,7 @@ impl Slot {
         let bytes = bytes
             .get(..usize::try_from(width).unwrap_or(0))
             .unwrap_or(&[]);
-        state
-            .backend
+        backend
             .as_mut()
             .ok_or(Status::Again)?
             .config_write(offset, bytes)
@@ -353,7 +384,7 @@ impl Slot {
 
     /// Stops serving, for good.
     pub(crate) fn shut_down(&self) {
-        let backend = self.lock().backend.take();
+        let backend = self.backend().take();
         if let Some(mut backend) = backend
             && let Err(error) = backend.reset()
         {
@@ -421,6 +452,15 @@ impl Slot {
         Ok(())
     }
 
+    /// The backend is of no more use, and may still be at work: its link will say when it is not.
+    fn give_up(&self) -> io::Result<()> {
+        let mut state = self.lock();
+        state.undrained = true;
+        state.state = DeviceState::NeedsReset;
+        state.generation = state.generation.wrapping_add(1);
+        self.publish(&state)
+    }
+
     fn config_event(&self, state: &SlotState) -> io::Result<()> {
         let event = self.info.event_base + u32::from(self.info.queue_count);
         self.counters.config_events.add(1);
@@ -430,14 +470,6 @@ impl Slot {
         }
         self.io.events.call(event).map_or(Ok(()), signal)
     }
-}
-
-/// The backend is of no more use, and may still be at work: its link will say when it is not.
-fn give_up(state: &mut SlotState) {
-    state.backend = None;
-    state.undrained = true;
-    state.state = DeviceState::NeedsReset;
-    state.generation = state.generation.wrapping_add(1);
 }
 
 fn config_len(offer: &Offer) -> u32 {

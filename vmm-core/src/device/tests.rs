@@ -4,15 +4,20 @@ use super::*;
 use crate::memory::{MemoryPlan, Region};
 use pv_abi::layout::ARENA_BASE;
 use pv_abi::virtio::net::{Config, status};
+use std::sync::mpsc;
+use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
 const MAC: [u8; 6] = [2, 3, 4, 5, 6, 7];
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a card's backend was told, and the status that it shows.
 #[derive(Default)]
 struct Said {
     announced: Vec<[u8; 6]>,
     status: u16,
+    /// Where its configuration is asked for: it says so, and answers when it is told to.
+    slow: Option<(mpsc::Sender<()>, mpsc::Receiver<()>)>,
 }
 
 struct Card(Arc<Mutex<Said>>);
@@ -44,6 +49,11 @@ impl Backend for Card {
         Err(Status::NotSupported)
     }
     fn offer(&mut self) -> io::Result<Option<Offer>> {
+        let slow = self.0.lock().unwrap().slow.take();
+        if let Some((asked, answer)) = slow {
+            asked.send(()).unwrap();
+            let _ = answer.recv_timeout(PATIENCE);
+        }
         Ok(Some(offer(self.0.lock().unwrap().status)))
     }
     fn announce(&mut self, mac: [u8; 6]) -> io::Result<()> {
@@ -158,6 +168,32 @@ fn a_change_that_the_backend_tells_of_reaches_the_guest() {
     card.slot.set_link(false).unwrap();
     card.slot.refresh().unwrap();
     assert_eq!(card.status(), 0, "up where both say so");
+}
+
+#[test]
+fn nobody_waits_for_a_backend_that_shows_its_configuration_slowly() {
+    let card = slot(kind::NET);
+    card.ready();
+    card.activate(0);
+    let (asked, was_asked) = mpsc::channel();
+    let (answer, answered) = mpsc::channel();
+    card.said.lock().unwrap().slow = Some((asked, answered));
+    std::thread::scope(|scope| {
+        let slot = &card.slot;
+        let reading = scope.spawn(|| slot.refresh().unwrap());
+        was_asked.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(slot.state(), DeviceState::Active);
+        slot.set_link(false).unwrap();
+        assert!(!slot.refresh().unwrap(), "one is asking already");
+        // A reset talks to the backend, and waits for its turn.
+        let reset = scope.spawn(|| slot.reset().unwrap());
+        assert!(!reading.is_finished() && !reset.is_finished());
+        answer.send(()).unwrap();
+        assert!(reading.join().unwrap());
+        assert_eq!(reset.join().unwrap(), DeviceState::Negotiated);
+    });
+    assert!(card.slot.refresh().unwrap());
+    assert_eq!(card.status(), 0);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::deadline::Deadline;
 use super::notices::Notices;
 use super::{Model, Served};
 use crate::device::{Backend, DeviceIo, Offer, QueueConfig, Setup};
-use crate::limits::BACKEND_DEADLINE;
+use crate::limits::{BACKEND_DEADLINE, REFRESH_DEADLINE};
 use pv_abi::status::Status;
 use pv_abi::virtio::feature;
 use std::io::{self, Read, Write};
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
-use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::vhost_user::{Error as Refused, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
 /// `VHOST_F_LOG_ALL`.
@@ -30,6 +30,7 @@ const WANTED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
     .union(VhostUserProtocolFeatures::MQ)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::MTU)
     .union(VhostUserProtocolFeatures::RARP);
 
@@ -227,6 +228,19 @@ impl VhostUser {
             .map_err(step("SET_VRING_ENABLE"))
     }
 
+    /// Nothing that the driver has set shall meet the next one: filters, pairs, the write cache.
+    fn forget_driver(&mut self) -> io::Result<()> {
+        match self.frontend.reset_device() {
+            Ok(()) => Ok(()),
+            Err(vhost::Error::VhostUserProtocol(Refused::BackendInternalError)) => {
+                // The rings are stopped all the same, which is what a reset promises.
+                tracing::debug!("the backend refuses RESET_DEVICE");
+                Ok(())
+            }
+            Err(error) => Err(step("RESET_DEVICE")(error)),
+        }
+    }
+
     /// Makes the link notice that this connection is of no more use.
     fn hang_up(&self) {
         let _ = self.stream.shutdown(Shutdown::Both);
@@ -257,13 +271,21 @@ impl Backend for VhostUser {
 
     fn reset(&mut self) -> io::Result<()> {
         let _deadline = Deadline::start(&self.stream, BACKEND_DEADLINE)?;
-        for index in 0..std::mem::take(&mut self.active) {
+        let active = std::mem::take(&mut self.active);
+        for index in 0..active {
             // GET_VRING_BASE stops the ring; its reply says that the backend is done with it.
             self.frontend
                 .set_vring_enable(index, false)
                 .and_then(|()| self.frontend.get_vring_base(index))
                 .map_err(step("GET_VRING_BASE"))
                 .inspect_err(|_| self.hang_up())?;
+        }
+        if active > 0
+            && self
+                .protocol
+                .contains(VhostUserProtocolFeatures::RESET_DEVICE)
+        {
+            self.forget_driver().inspect_err(|_| self.hang_up())?;
         }
         Ok(())
     }
@@ -283,7 +305,7 @@ impl Backend for VhostUser {
         if self.served.config.is_none() {
             return Ok(None);
         }
-        let _deadline = Deadline::start(&self.stream, BACKEND_DEADLINE)?;
+        let _deadline = Deadline::start(&self.stream, REFRESH_DEADLINE)?;
         let config = read_config(&mut self.frontend, self.model.config_lens());
         self.served.config = Some(config.inspect_err(|_| self.hang_up())?);
         self.model

@@ -9,7 +9,8 @@ use crate::device::local::OnPanic;
 use crate::device::{Offer, Slot};
 use crate::fault::{Fault, PeerLost, Policy};
 use crate::limits::{
-    BACKEND_CONNECT_TIMEOUT, RECONNECT_PAUSE, RECONNECT_PAUSE_IN_USE, STEADY_CONNECTION,
+    BACKEND_CONNECT_TIMEOUT, RECONNECT_PAUSE, RECONNECT_PAUSE_IN_USE, REFRESH_PAUSE,
+    STEADY_CONNECTION,
 };
 use crate::vm::VmEvent;
 use crate::vm::events::signal;
@@ -103,6 +104,36 @@ struct Connection {
     /// What it says unasked.
     notices: Option<Notices>,
     since: Instant,
+}
+
+/// When the configuration is read again: at once, and not more often than every [`REFRESH_PAUSE`].
+#[derive(Debug, Default)]
+struct Refresh {
+    due: Option<Instant>,
+    earliest: Option<Instant>,
+}
+
+impl Refresh {
+    /// It has changed.
+    fn want(&mut self, now: Instant) {
+        let earliest = self.earliest.filter(|earliest| *earliest > now);
+        self.due.get_or_insert(earliest.unwrap_or(now));
+    }
+
+    /// How long it is until then, if it is to be read.
+    fn due_in(&self, now: Instant) -> Option<Duration> {
+        self.due.map(|due| due.saturating_duration_since(now))
+    }
+
+    /// Whether to read it now.
+    fn take(&mut self, now: Instant) -> bool {
+        self.due.take_if(|due| *due <= now).is_some()
+    }
+
+    /// It has been read.
+    fn done(&mut self, now: Instant) {
+        self.earliest = Some(now + REFRESH_PAUSE);
+    }
 }
 
 impl Link {
@@ -334,34 +365,43 @@ impl Keeper {
             tracing::error!(%error, "the backend cannot be watched; starting it anew");
             return false;
         }
+        let mut refresh = Refresh::default();
         let stop = loop {
-            let woken = self.wait(None);
+            let woken = self.wait(refresh.due_in(Instant::now()));
             if woken & (STOP | PEER) != 0 {
                 break woken & STOP != 0;
             }
-            self.hear(&mut connection.notices);
+            if woken & NOTICE != 0 && self.hear(&mut connection.notices) {
+                refresh.want(Instant::now());
+            }
+            if refresh.take(Instant::now()) {
+                let read = self.slot.refresh();
+                refresh.done(Instant::now());
+                match read {
+                    Ok(true) => {}
+                    Ok(false) => refresh.want(Instant::now()),
+                    Err(error) => tracing::debug!(%error, "the configuration cannot be read again"),
+                }
+            }
         };
         self.forget(&connection.stream);
         connection.notices = None;
         stop
     }
 
-    /// Takes what the backend has said unasked. A channel that is of no more use is closed.
-    fn hear(&self, notices: &mut Option<Notices>) {
+    /// Takes what the backend has said unasked; whether its configuration has changed. A channel that
+    /// is of no more use is closed.
+    fn hear(&self, notices: &mut Option<Notices>) -> bool {
         let Some(channel) = notices else {
-            return;
+            return false;
         };
         match channel.take() {
-            Ok(false) => {}
-            Ok(true) => {
-                if let Err(error) = self.slot.refresh() {
-                    tracing::debug!(%error, "the configuration cannot be read again");
-                }
-            }
+            Ok(changed) => changed,
             Err(error) => {
                 tracing::debug!(%error, "the backend's own channel is closed");
                 self.forget(channel);
                 *notices = None;
+                false
             }
         }
     }
@@ -385,7 +425,9 @@ impl Keeper {
 
     /// Waits for one of [`STOP`], [`PEER`] and [`NOTICE`], or until a time limit; which they were.
     fn wait(&self, limit: Option<Duration>) -> u64 {
-        let millis = limit.map_or(-1, |l| i32::try_from(l.as_millis()).unwrap_or(i32::MAX));
+        // Rounded up: a limit that is nearly there is not waited for in circles.
+        let millis = limit.map(|l| l.as_micros().div_ceil(1000));
+        let millis = millis.map_or(-1, |m| i32::try_from(m).unwrap_or(i32::MAX));
         let mut ready = [EpollEvent::default(); 3];
         loop {
             match self.epoll.wait(millis, &mut ready) {
@@ -398,5 +440,38 @@ impl Keeper {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_read_at_once_and_a_flood_of_them_now_and_then() {
+        let start = Instant::now();
+        let mut refresh = Refresh::default();
+        assert!(!refresh.take(start) && refresh.due_in(start).is_none());
+        let mut reads = 0;
+        // A change in each millisecond of a second.
+        for millis in 0..1000 {
+            let now = start + Duration::from_millis(millis);
+            refresh.want(now);
+            assert!(
+                refresh
+                    .due_in(now)
+                    .is_some_and(|left| left <= REFRESH_PAUSE)
+            );
+            if refresh.take(now) {
+                assert_eq!(now, start + REFRESH_PAUSE * reads);
+                refresh.done(now);
+                reads += 1;
+            }
+        }
+        assert_eq!(reads, 10);
+        // The last one is not forgotten.
+        let end = start + Duration::from_secs(1);
+        assert_eq!(refresh.due_in(end), Some(Duration::ZERO));
+        assert!(refresh.take(end) && !refresh.take(end));
     }
 }
