@@ -60,6 +60,9 @@ pub const NET_QUEUE_SIZE: u16 = 256;
 /// Entries of the control queue: everything that is set fits in it at once, for a device that
 /// comes back.
 pub const CONTROL_QUEUE_SIZE: u16 = 128;
+/// How long the control queue's device may take to answer while it is there; beside that, it may stay
+/// away. The host side of a command is a few system calls.
+pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);
 /// VLANs that a card is told to take; each is a command of its own when a device comes back.
 pub const MAX_VLANS: usize = 48;
 /// Addresses in each of the two tables of the MAC filter: what the usual device takes.

@@ -138,24 +138,26 @@ impl<R: Submission> Channel<R> {
         }
     }
 
+    /// Takes what was completed when the device went, without a look at the ring.
+    pub(crate) fn take_reaped(&self) -> Option<R> {
+        let mut state = self.state.lock();
+        let (request, _) = state.reaped.pop_front()?;
+        state.held -= 1;
+        Some(request)
+    }
+
     /// Puts requests in front of all others, and forgets those that are not to be kept. For the time
     /// between [`Ring::rebuild`] and [`Ring::attach`], when all of them wait.
     pub(crate) fn go_first(&self, keep: impl Fn(&R) -> bool, list: Vec<R>) {
         let mut state = self.state.lock();
-        let before = state.backlog.len() + state.reaped.len();
-        state.backlog.retain(&keep);
-        state.reaped.retain(|(request, _)| keep(request));
-        let forgotten = before - state.backlog.len() - state.reaped.len();
+        let before = state.backlog.len();
+        state.backlog.retain(keep);
+        let forgotten = before - state.backlog.len();
         let held = usize::from(state.held) + list.len() - forgotten;
         state.held = u16::try_from(held).unwrap_or(u16::MAX);
         for request in list.into_iter().rev() {
             state.backlog.push_front(request);
         }
-    }
-
-    /// Breaks the queue for something that its owner found out; returns why it is broken.
-    pub(crate) fn condemn(&self, broken: Broken) -> Broken {
-        self.state.lock().ring.condemn(broken)
     }
 
     /// Shows the device what was submitted.

@@ -256,6 +256,12 @@ impl<P: Platform> Core<P> {
         self.loss_timeout_ns.store(nanoseconds, Ordering::Relaxed);
     }
 
+    /// How long the device may stay away, in nanoseconds.
+    pub(crate) fn loss_timeout(&self) -> u64 {
+        // Ordering: Relaxed, one number on its own.
+        self.loss_timeout_ns.load(Ordering::Relaxed)
+    }
+
     /// Configuration space and its bytes in use.
     pub(crate) fn config(&self) -> ([u8; MAX_CONFIG], usize) {
         self.platform
@@ -332,9 +338,7 @@ impl<P: Platform> Core<P> {
             Ok(Step::Waiting) => {
                 let now = self.platform.now_ns();
                 let since = *life.away_since.get_or_insert(now);
-                // Ordering: Relaxed, one number on its own.
-                let limit = self.loss_timeout_ns.load(Ordering::Relaxed);
-                if now.saturating_sub(since) < limit {
+                if now.saturating_sub(since) < self.loss_timeout() {
                     return Ok(Step::Waiting);
                 }
                 Err(self.give_up(&mut life, Lost::TimedOut))

@@ -1,12 +1,14 @@
 //! The control queue: what the card receives, and what it is told (virtio 1.3 §5.1.6.5).
 //!
-//! What was set is remembered, and a device that comes back is told all of it again before anything
-//! else, by [`ControlRing::attach`]. Its answers are taken by whoever polls a queue of the card next.
+//! What the device said yes to is remembered, and a device that comes back is told all of it again
+//! before anything else, by [`ControlRing::attach`]. Its answers are taken by whoever polls a queue of
+//! the card next. A command that was given up counts as well once the device says yes to it; a device
+//! that comes back does not hear of it.
 
 use super::config::Shared;
 use super::{Error, Nic};
 use crate::device::{Channel, Core, Failed, Ring, Segments, Submission};
-use crate::limits::{MAX_FILTER, MAX_VLANS};
+use crate::limits::{CONTROL_TIMEOUT, LOSS_POLL, MAX_FILTER, MAX_VLANS};
 use crate::platform::{Arena, DmaBuf, OutOfArena, Platform};
 use crate::sync::SpinLock;
 use alloc::collections::{BTreeMap, BTreeSet};
@@ -69,41 +71,47 @@ impl Submission for Command {
     }
 }
 
-/// What the device was told, and is told again.
+/// Commands of which the last one counts, in the order in which a device that comes back hears them.
+const SETTINGS: [(u8, u8); 5] = [
+    control::MQ_VQ_PAIRS_SET,
+    control::RX_PROMISC,
+    control::RX_ALLMULTI,
+    control::MAC_ADDR_SET,
+    control::MAC_TABLE_SET,
+];
+
+/// What the device was told, and is told again: "off" as much as "on", for a device may begin with
+/// either.
 #[derive(Debug, Default)]
 struct Settings {
-    pairs: Option<u16>,
-    promiscuous: bool,
-    all_multicast: bool,
-    mac: Option<[u8; 6]>,
-    filter: Option<Vec<u8>>,
-    vlans: BTreeSet<u16>,
+    /// What went with the last of each of [`SETTINGS`].
+    values: [Option<Vec<u8>>; SETTINGS.len()],
+    /// Little-endian, as they are sent.
+    vlans: BTreeSet<[u8; 2]>,
 }
 
 impl Settings {
-    fn commands(&self) -> Vec<((u8, u8), Vec<u8>)> {
-        let mut commands = Vec::new();
-        if let Some(pairs) = self.pairs {
-            commands.push((control::MQ_VQ_PAIRS_SET, pairs.to_le_bytes().to_vec()));
-        }
-        for (on, command) in [
-            (self.promiscuous, control::RX_PROMISC),
-            (self.all_multicast, control::RX_ALLMULTI),
-        ] {
-            if on {
-                commands.push((command, [1].to_vec()));
+    /// The device has done this.
+    fn done(&mut self, command: (u8, u8), data: &[u8]) {
+        let slot = SETTINGS.iter().position(|&setting| setting == command);
+        if let Some(value) = slot.and_then(|slot| self.values.get_mut(slot)) {
+            *value = Some(data.to_vec());
+        } else if let Ok(vlan) = data.try_into() {
+            match command {
+                control::VLAN_ADD => _ = self.vlans.insert(vlan),
+                control::VLAN_DEL => _ = self.vlans.remove(&vlan),
+                _ => {}
             }
         }
-        if let Some(mac) = self.mac {
-            commands.push((control::MAC_ADDR_SET, mac.to_vec()));
-        }
-        if let Some(filter) = &self.filter {
-            commands.push((control::MAC_TABLE_SET, filter.clone()));
-        }
-        for vlan in &self.vlans {
-            commands.push((control::VLAN_ADD, vlan.to_le_bytes().to_vec()));
-        }
-        commands
+    }
+
+    fn commands(&self) -> Vec<((u8, u8), Vec<u8>)> {
+        let values = SETTINGS.iter().zip(&self.values);
+        let values = values.filter_map(|(&command, value)| Some((command, value.clone()?)));
+        let vlans = self.vlans.iter();
+        values
+            .chain(vlans.map(|vlan| (control::VLAN_ADD, vlan.to_vec())))
+            .collect()
     }
 }
 
@@ -130,10 +138,10 @@ impl ControlRing {
         arena: &'static Arena,
         pairs: Option<u16>,
     ) -> Self {
-        let settings = Settings {
-            pairs,
-            ..Settings::default()
-        };
+        let mut settings = Settings::default();
+        if let Some(pairs) = pairs {
+            settings.done(control::MQ_VQ_PAIRS_SET, &pairs.to_le_bytes());
+        }
         ControlRing {
             channel,
             arena,
@@ -162,8 +170,12 @@ impl ControlRing {
         let answer = command.answer();
         match command.ticket {
             Some(ticket) => {
-                // Nobody waits for a ticket that was given up; it is taken out here for good.
-                if let Some(place) = self.state.lock().answers.get_mut(&ticket) {
+                let mut state = self.state.lock();
+                if let (control::OK, [class, number, data @ ..]) = (answer, &command.bytes[..]) {
+                    state.settings.done((*class, *number), data);
+                }
+                // Nobody waits for one that was given up; what it did is done all the same.
+                if let Some(place) = state.answers.get_mut(&ticket) {
                     *place = Some(answer);
                 }
             }
@@ -183,7 +195,15 @@ impl ControlRing {
 
     /// Puts what was set in front of what waits; the device is told it first.
     fn replay(&self) {
-        let commands = self.state.lock().settings.commands();
+        // What the last one had answered when it went was done, and is to be done again.
+        while let Some(command) = self.channel.take_reaped() {
+            self.answered(&command);
+        }
+        let (commands, waiting) = {
+            let state = self.state.lock();
+            let waiting: Vec<u64> = state.answers.keys().copied().collect();
+            (state.settings.commands(), waiting)
+        };
         let mut list = Vec::with_capacity(commands.len());
         for (command, data) in commands {
             match Command::new(self.arena, command, &data, None) {
@@ -194,7 +214,9 @@ impl ControlRing {
         let count = u16::try_from(list.len()).unwrap_or(u16::MAX);
         // Ordering: Relaxed, as in `is_replaying`.
         self.replaying.store(count, Ordering::Relaxed);
-        self.channel.go_first(|old| old.ticket.is_some(), list);
+        let is_waited_for = |ticket| waiting.contains(&ticket);
+        let keep = |old: &Command| old.ticket.is_some_and(is_waited_for);
+        self.channel.go_first(keep, list);
     }
 }
 
@@ -222,6 +244,10 @@ impl Ring for ControlRing {
 }
 
 /// What a card is told. One for each card; its commands go out one by one.
+///
+/// A command that ends with [`Error::TimedOut`] may be done all the same, for as long as the device
+/// that has it is there. If it is, it counts like any other: a device that comes back is told of it.
+/// If it is not, no later device hears of it.
 pub struct Control<P: Platform> {
     shared: Arc<Shared<P>>,
     ring: Arc<ControlRing>,
@@ -242,7 +268,8 @@ impl<P: Platform> Control<P> {
         Nic::from_shared(&self.shared)
     }
 
-    /// How long a command may take; as long as the device may stay away unless set.
+    /// How long a command may take. Unless set: as long as the device may stay away, and
+    /// [`CONTROL_TIMEOUT`] for the answer.
     pub fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = Some(timeout);
     }
@@ -251,11 +278,9 @@ impl<P: Platform> Control<P> {
     ///
     /// # Errors
     ///
-    /// [`Error`]; what is set stays as it was.
+    /// [`Error`]; what is set stays as it was, but see [`Control`] for `TimedOut`.
     pub fn set_promiscuous(&mut self, on: bool) -> Result<(), Error> {
-        self.command(feature::CTRL_RX, control::RX_PROMISC, &[on.into()])?;
-        self.ring.state.lock().settings.promiscuous = on;
-        Ok(())
+        self.command(feature::CTRL_RX, control::RX_PROMISC, &[on.into()])
     }
 
     /// Receives every multicast frame.
@@ -264,9 +289,7 @@ impl<P: Platform> Control<P> {
     ///
     /// As [`set_promiscuous`](Self::set_promiscuous).
     pub fn set_all_multicast(&mut self, on: bool) -> Result<(), Error> {
-        self.command(feature::CTRL_RX, control::RX_ALLMULTI, &[on.into()])?;
-        self.ring.state.lock().settings.all_multicast = on;
-        Ok(())
+        self.command(feature::CTRL_RX, control::RX_ALLMULTI, &[on.into()])
     }
 
     /// Gives the card another address.
@@ -275,16 +298,16 @@ impl<P: Platform> Control<P> {
     ///
     /// As [`set_promiscuous`](Self::set_promiscuous).
     pub fn set_mac(&mut self, mac: [u8; 6]) -> Result<(), Error> {
-        self.command(feature::CTRL_MAC_ADDR, control::MAC_ADDR_SET, &mac)?;
-        self.ring.state.lock().settings.mac = Some(mac);
-        Ok(())
+        self.command(feature::CTRL_MAC_ADDR, control::MAC_ADDR_SET, &mac)
     }
 
-    /// Receives frames for these addresses beside the card's own, and no others.
+    /// Receives frames for these addresses beside the card's own, and no others: every frame no
+    /// longer, every multicast frame if [`set_all_multicast`](Self::set_all_multicast) says so.
     ///
     /// # Errors
     ///
-    /// As [`set_promiscuous`](Self::set_promiscuous); `TooMany` for more than
+    /// When the second of the two commands fails, the addresses are set, and what the card received
+    /// before it still does. As [`set_promiscuous`](Self::set_promiscuous); `TooMany` for more than
     /// [`MAX_FILTER`] of either kind.
     pub fn set_filter(&mut self, unicast: &[[u8; 6]], multicast: &[[u8; 6]]) -> Result<(), Error> {
         let mut data = Vec::new();
@@ -295,8 +318,8 @@ impl<P: Platform> Control<P> {
             data.extend(table.iter().flatten());
         }
         self.command(feature::CTRL_RX, control::MAC_TABLE_SET, &data)?;
-        self.ring.state.lock().settings.filter = Some(data);
-        Ok(())
+        // Many a device begins with every frame. In this order none is lost in between.
+        self.set_promiscuous(false)
     }
 
     /// Receives frames of this VLAN, 0 to 4094.
@@ -308,14 +331,12 @@ impl<P: Platform> Control<P> {
     pub fn add_vlan(&mut self, vlan: u16) -> Result<(), Error> {
         let full = {
             let vlans = &self.ring.state.lock().settings.vlans;
-            vlans.len() >= MAX_VLANS && !vlans.contains(&vlan)
+            vlans.len() >= MAX_VLANS && !vlans.contains(&vlan.to_le_bytes())
         };
         if full || vlan > MAX_VLAN {
             return Err(Error::TooMany);
         }
-        self.command(feature::CTRL_VLAN, control::VLAN_ADD, &vlan.to_le_bytes())?;
-        self.ring.state.lock().settings.vlans.insert(vlan);
-        Ok(())
+        self.command(feature::CTRL_VLAN, control::VLAN_ADD, &vlan.to_le_bytes())
     }
 
     /// Receives frames of this VLAN no more.
@@ -327,9 +348,7 @@ impl<P: Platform> Control<P> {
         if vlan > MAX_VLAN {
             return Err(Error::TooMany);
         }
-        self.command(feature::CTRL_VLAN, control::VLAN_DEL, &vlan.to_le_bytes())?;
-        self.ring.state.lock().settings.vlans.remove(&vlan);
-        Ok(())
+        self.command(feature::CTRL_VLAN, control::VLAN_DEL, &vlan.to_le_bytes())
     }
 
     /// Uses so many of the queue pairs that were opened for receiving.
@@ -342,9 +361,7 @@ impl<P: Platform> Control<P> {
         if pairs == 0 || (opened && pairs > self.nic().pairs()) {
             return Err(Error::TooMany);
         }
-        self.command(feature::MQ, control::MQ_VQ_PAIRS_SET, &pairs.to_le_bytes())?;
-        self.ring.state.lock().settings.pairs = Some(pairs);
-        Ok(())
+        self.command(feature::MQ, control::MQ_VQ_PAIRS_SET, &pairs.to_le_bytes())
     }
 
     /// Tells the device that the card has said where it is.
@@ -375,19 +392,28 @@ impl<P: Platform> Control<P> {
     }
 
     fn run(&mut self, ticket: u64, command: (u8, u8), data: &[u8]) -> Result<(), Error> {
-        let command = Command::new(self.ring.arena, command, data, Some(ticket))?;
+        let mut unsent = Some(Command::new(self.ring.arena, command, data, Some(ticket))?);
         let core = &self.shared.core;
         let platform = core.platform();
-        let deadline = self.timeout.map(|timeout| {
-            let nanoseconds = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
-            platform.now_ns().saturating_add(nanoseconds)
-        });
-        if let Err((_, broken)) = self.ring.channel.submit(command) {
-            return Err(broken.map_or(Error::TooMany, Error::Broken));
-        }
+        let timeout = match self.timeout {
+            Some(timeout) => nanoseconds(timeout),
+            // One that stays away is lost before this is over.
+            None => core
+                .loss_timeout()
+                .saturating_add(nanoseconds(CONTROL_TIMEOUT)),
+        };
+        let deadline = platform.now_ns().saturating_add(timeout);
         let mut waiter = self.ring.channel.waiter(core);
         loop {
             waiter.clear();
+            if let Some(command) = unsent.take() {
+                match self.ring.channel.submit(command) {
+                    Ok(()) => {}
+                    Err((_, Some(broken))) => return Err(Error::Broken(broken)),
+                    // Full of commands that were given up and are not answered.
+                    Err((command, None)) => unsent = Some(command),
+                }
+            }
             loop {
                 match self.ring.channel.poll(core) {
                     Ok(Some((command, _))) => self.ring.answered(&command),
@@ -400,15 +426,18 @@ impl<P: Platform> Control<P> {
                 Some(Some(control::OK)) => return Ok(()),
                 _ => return Err(Error::Refused),
             }
-            if deadline.is_some_and(|deadline| platform.now_ns() >= deadline) {
+            if platform.now_ns() >= deadline {
                 return Err(Error::TimedOut);
             }
-            // One vCPU may take an answer that another waits for: a short idle looks again.
+            // One vCPU may take an answer that another waits for, and the event with it: a short idle
+            // looks again.
             if self.ring.channel.held() == 0 {
                 continue;
             }
             if self.ring.channel.arm(1) {
-                waiter.idle(self.ring.channel.idle_limit(core, deadline));
+                let look = platform.now_ns().saturating_add(nanoseconds(LOSS_POLL));
+                let until = Some(deadline.min(look));
+                waiter.idle(self.ring.channel.idle_limit(core, until));
             }
         }
     }
@@ -424,6 +453,10 @@ impl<P: Platform> Control<P> {
         }
         failed.into()
     }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl<P: Platform> core::fmt::Debug for Control<P> {

@@ -128,6 +128,8 @@ pub struct ReceiveStats {
     pub frames: u64,
     /// Frames shorter than an Ethernet header.
     pub runts: u64,
+    /// Frames longer than [`MAX_FRAME`], which any neighbour may have sent.
+    pub giants: u64,
     /// Frames whose header cannot be true: a checksum outside of the frame, an offload that was not
     /// agreed on.
     pub bad_headers: u64,
@@ -201,7 +203,7 @@ impl<P: Platform> Receiver<P> {
             if !self.take_group()? {
                 return Ok(None);
             }
-            if let Some(frame) = self.assemble()? {
+            if let Some(frame) = self.assemble() {
                 self.stats.frames += 1;
                 return Ok(Some(frame));
             }
@@ -353,7 +355,7 @@ impl<P: Platform> Receiver<P> {
     }
 
     /// Makes a frame of the group; `None` if there is none to be made.
-    fn assemble(&mut self) -> Result<Option<Frame>, Error> {
+    fn assemble(&mut self) -> Option<Frame> {
         let mut group = core::mem::take(&mut self.group);
         let written = group.iter().map(|(_, written)| *written as usize);
         let len = written.sum::<usize>().saturating_sub(HEADER_LEN);
@@ -366,31 +368,21 @@ impl<P: Platform> Receiver<P> {
     }
 
     /// Takes the buffers out of the group, unless the frame is dropped.
-    fn frame(
-        &mut self,
-        group: &mut Vec<(Posted, u32)>,
-        len: usize,
-    ) -> Result<Option<Frame>, Error> {
-        if len > MAX_FRAME {
-            let broken = Broken::Answer {
-                len: u32::try_from(len).unwrap_or(u32::MAX),
-                least: 0,
-                most: MAX_FRAME as u32,
-            };
-            return Err(Error::Broken(self.channel.condemn(broken)));
-        }
+    fn frame(&mut self, group: &mut Vec<(Posted, u32)>, len: usize) -> Option<Frame> {
         if len < MIN_FRAME {
             self.stats.runts += 1;
-            return Ok(None);
+            return None;
         }
-        let Some((first, _)) = group.first() else {
-            return Ok(None);
-        };
+        if len > MAX_FRAME {
+            self.stats.giants += 1;
+            return None;
+        }
+        let (first, _) = group.first()?;
         let features = self.shared.core.features();
         let Some((checksum, segmentation)) = header::parse(read_header(&first.0), len, features)
         else {
             self.stats.bad_headers += 1;
-            return Ok(None);
+            return None;
         };
         let mut parts = group
             .drain(..)
@@ -402,17 +394,15 @@ impl<P: Platform> Receiver<P> {
                 let buf = posted.0;
                 Part { buf, start, len }
             });
-        let Some(first) = parts.next() else {
-            return Ok(None);
-        };
+        let first = parts.next()?;
         let rest = parts.collect();
-        Ok(Some(Frame {
+        Some(Frame {
             first,
             rest,
             len,
             checksum,
             segmentation,
-        }))
+        })
     }
 }
 

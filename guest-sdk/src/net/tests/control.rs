@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::device::OpenError;
-use crate::limits::{MAX_FILTER, MAX_VLANS};
+use crate::limits::{CONTROL_QUEUE_SIZE, CONTROL_TIMEOUT, MAX_FILTER, MAX_VLANS};
 use crate::net::{Control, Error};
+use crate::platform::Platform;
 use core::time::Duration;
 use pv_abi::virtio::net::{control, status};
 
@@ -37,12 +38,13 @@ fn commands_say_what_they_say() {
         &[1, 0, 0, 0, 0, 7, 1, 0, 0, 0, 0, 8],
     ]
     .concat();
-    let expected: [((u8, u8), &[u8]); 8] = [
+    let expected: [((u8, u8), &[u8]); 9] = [
         (control::RX_PROMISC, &[1]),
         (control::RX_PROMISC, &[0]),
         (control::RX_ALLMULTI, &[1]),
         (control::MAC_ADDR_SET, &[2, 1, 2, 3, 4, 5]),
         (control::MAC_TABLE_SET, &table),
+        (control::RX_PROMISC, &[0]),
         (control::VLAN_ADD, &[0x23, 1]),
         (control::VLAN_DEL, &[0x23, 1]),
         (control::ANNOUNCE_ACK, &[]),
@@ -63,6 +65,9 @@ fn refusals_and_limits() {
     assert_eq!(card.set_promiscuous(true), Err(Error::Refused));
     card.set_all_multicast(true)
         .expect("the next one is unharmed");
+    // The addresses are set, and everything is received as before.
+    assert_eq!(card.set_filter(&[], &[]), Err(Error::Refused));
+    fake.host().card.refuse = None;
     for vlan in 0..MAX_VLANS as u16 {
         card.add_vlan(vlan).expect("at the limit");
     }
@@ -147,6 +152,135 @@ fn a_card_that_comes_back_is_told_everything_again_and_first() {
             assert_eq!(names.last(), Some(&control::RX_ALLMULTI));
         }
     }
+}
+
+/// A backend begins with every frame: one that takes another's place has to hear "off" as well.
+#[test]
+fn a_card_that_comes_back_is_told_what_is_off() {
+    let fake = fake(ALL);
+    let mut card = control(&mut open_with(fake, 16, RECEIVE_BUFFER));
+    let off = |command| (command, [0].to_vec());
+    card.set_promiscuous(false).expect("done");
+    card.set_all_multicast(false).expect("done");
+    told(fake);
+    fake.host().die();
+    card.set_mac([2, 0, 0, 0, 0, 1]).expect("done");
+    let said = told(fake);
+    assert_eq!(
+        said[..2],
+        [off(control::RX_PROMISC), off(control::RX_ALLMULTI)]
+    );
+    assert_eq!(said[2].0, control::MAC_ADDR_SET);
+    assert_eq!(said.len(), 3);
+    // A filter is worth nothing while everything is received.
+    card.set_promiscuous(true).expect("done");
+    card.set_filter(&[], &[]).expect("done");
+    told(fake);
+    fake.host().die();
+    card.acknowledge_announce().expect("done");
+    assert_eq!(told(fake)[0], off(control::RX_PROMISC));
+    // A refusal changes nothing.
+    fake.host().card.refuse = Some(control::RX_PROMISC);
+    assert_eq!(card.set_promiscuous(true), Err(Error::Refused));
+    fake.host().card.refuse = None;
+    fake.host().die();
+    card.acknowledge_announce().expect("done");
+    let said = told(fake);
+    let modes: Vec<_> = said
+        .into_iter()
+        .filter(|(command, _)| *command == control::RX_PROMISC)
+        .collect();
+    assert_eq!(
+        modes,
+        [
+            (control::RX_PROMISC, [1].to_vec()),
+            off(control::RX_PROMISC)
+        ]
+    );
+}
+
+#[test]
+fn a_device_that_never_answers_is_not_waited_for_for_ever() {
+    let fake = fake(ALL);
+    let mut opened = open_with(fake, 16, RECEIVE_BUFFER);
+    let mut card = control(&mut opened);
+    fake.host().card.mute = true;
+    for loss in [Duration::from_secs(3), Duration::ZERO] {
+        opened.nic.set_loss_timeout(loss);
+        let limit = (loss + CONTROL_TIMEOUT).as_nanos() as u64;
+        let start = fake.now_ns();
+        assert_eq!(card.set_promiscuous(true), Err(Error::TimedOut));
+        let took = fake.now_ns() - start;
+        assert!((limit..limit + 1_000_000_000).contains(&took), "{took}");
+    }
+    // Its queue is full of what it leaves unanswered: the same answer, for as long as it likes.
+    card.set_timeout(Duration::from_millis(1));
+    for _ in 0..2 * CONTROL_QUEUE_SIZE {
+        assert_eq!(card.set_promiscuous(true), Err(Error::TimedOut));
+    }
+    fake.host().card.mute = false;
+    card.set_timeout(Duration::from_secs(1));
+    card.set_mac([2, 0, 0, 0, 0, 1]).expect("it speaks again");
+}
+
+/// Done late, it counts; not done by the device that had it, it is forgotten.
+#[test]
+fn a_command_that_was_given_up_counts_if_it_is_done() {
+    for late in [true, false] {
+        let fake = fake(ALL);
+        let mut card = control(&mut open_with(fake, 16, RECEIVE_BUFFER));
+        card.set_timeout(Duration::from_millis(20));
+        card.set_mac([2, 0, 0, 0, 0, 1]).expect("done");
+        card.add_vlan(5).expect("done");
+        fake.host().card.mute = true;
+        let gone = Err(Error::TimedOut);
+        assert_eq!(card.set_mac([2, 0, 0, 0, 0, 2]), gone);
+        assert_eq!(card.set_promiscuous(false), gone);
+        assert_eq!(card.remove_vlan(5), gone);
+        assert_eq!(card.add_vlan(6), gone);
+        if late {
+            fake.host().card.mute = false;
+            // Answered in front of this one.
+            card.set_all_multicast(true).expect("done");
+        }
+        told(fake);
+        fake.host().die();
+        fake.host().card.mute = false;
+        card.acknowledge_announce().expect("done");
+        let (mac, vlan) = if late { (2, 6) } else { (1, 5) };
+        let mut expected = Vec::new();
+        if late {
+            expected.push((control::RX_PROMISC, [0].to_vec()));
+            expected.push((control::RX_ALLMULTI, [1].to_vec()));
+        }
+        expected.push((control::MAC_ADDR_SET, [2, 0, 0, 0, 0, mac].to_vec()));
+        expected.push((control::VLAN_ADD, [vlan, 0].to_vec()));
+        expected.push((control::ANNOUNCE_ACK, Vec::new()));
+        assert_eq!(told(fake), expected, "{late}");
+    }
+}
+
+/// Its answer was there when the backend went, and nobody had looked.
+#[test]
+fn an_answer_of_a_dead_backend_is_told_to_the_next_one() {
+    let fake = fake(ALL);
+    let mut opened = open_with(fake, 16, RECEIVE_BUFFER);
+    let mut card = control(&mut opened);
+    let (mut receiver, _transmitter) = pair(opened);
+    card.set_timeout(Duration::from_millis(1));
+    fake.host().card.mute = true;
+    assert_eq!(card.set_promiscuous(false), Err(Error::TimedOut));
+    fake.host().card.mute = false;
+    fake.host().kicked = true;
+    fake.run_host();
+    let off = [(control::RX_PROMISC, [0].to_vec())];
+    assert_eq!(told(fake), off);
+    fake.host().die();
+    for _ in 0..8 {
+        assert!(receiver.poll().expect("fine").is_none());
+        fake.run_host();
+    }
+    assert_eq!(told(fake), off);
 }
 
 #[test]

@@ -97,16 +97,36 @@ fn a_header_that_is_split_breaks_the_queue() {
     }
 }
 
+/// Any neighbour may have sent one; the device that passed it on kept to the rules.
 #[test]
-fn a_frame_that_is_too_long_breaks_the_queue() {
+fn frames_that_are_too_long_are_dropped_and_counted() {
+    // The longest that fits in the ring's 64 buffers with its header.
+    let longest = 64 * RECEIVE_BUFFER - 12;
     let (fake, mut receiver, _transmitter) = card(feature::MRG_RXBUF);
-    deliver(fake, Delivery::honest(&pattern(4, MAX_FRAME + 1)));
+    let before = fake.free_bytes();
+    for (giants, len) in (1..).zip([MAX_FRAME + 1, MAX_FRAME + 3, longest]) {
+        deliver(fake, Delivery::honest(&pattern(4, len)));
+        assert!(arrived(fake, &mut receiver).is_none());
+        assert_eq!(receiver.stats().giants, giants);
+        deliver(fake, Delivery::honest(&pattern(5, MAX_FRAME)));
+        let frame = arrived(fake, &mut receiver).expect("the limit, on the same queue");
+        assert_eq!(bytes(&frame), pattern(5, MAX_FRAME));
+        receiver.recycle(frame);
+    }
+    assert!(receiver.poll().expect("fine").is_none());
+    assert_eq!(fake.free_bytes(), before, "no buffer is lost");
+    // The rules of the ring are the rules for those as well.
+    deliver(
+        fake,
+        Delivery {
+            buffers: Some(64),
+            ..Delivery::honest(&pattern(6, MAX_FRAME + 1))
+        },
+    );
     fake.run_host();
-    let broken = receiver.poll().expect_err("too long");
-    assert!(matches!(
-        broken,
-        Error::Broken(Broken::Answer { len: 65_551, .. })
-    ));
+    let broken = receiver.poll().expect_err("so many are not there");
+    let here = MAX_FRAME.div_ceil(RECEIVE_BUFFER) as u16;
+    assert_eq!(broken, Error::Broken(Broken::GroupCount { said: 64, here }));
 }
 
 /// Lengths that are too small but possible: what was not written is not part of the frame.
