@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::Parser;
-use http_guest::{app, cli, vm};
+use http_guest::{app, cli, pair, vm};
 use quickstart::interrupt;
 use quickstart::report::say;
 use std::ffi::OsStr;
@@ -15,7 +15,13 @@ fn main() -> ExitCode {
     let name = std::env::args_os().next().unwrap_or_default();
     match Path::new(&name).file_name().and_then(OsStr::to_str) {
         Some(vm::DISK_BACKEND) => return vhost_backends::pv_blkd_main(std::env::args_os()),
-        Some(vm::NET_BACKEND) => return vhost_backends::pv_netd_main(std::env::args_os()),
+        Some(vm::NET_BACKEND) => {
+            if let Err(error) = pair::end_with_parent() {
+                say(format_args!("pv-netd: cannot end with its parent: {error}"));
+                return ExitCode::FAILURE;
+            }
+            return vhost_backends::pv_netd_main(std::env::args_os());
+        }
         _ => {}
     }
     let args = match cli::Args::try_parse() {

@@ -6,12 +6,15 @@ use crate::limits::READY_DEADLINE;
 use crate::vm::{Guest, NET_BACKEND, backend};
 use anyhow::{Context, Result, bail};
 use quickstart::interrupt;
+use std::io;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long the backend may take to make its sockets.
 const SOCKETS_DEADLINE: Duration = Duration::from_secs(10);
+/// The environment variable that tells the backend with whom to end.
+const PARENT: &str = "HTTP_GUEST_PARENT";
 
 /// Runs both guests, and prints how much went from one to the other.
 ///
@@ -44,7 +47,27 @@ pub fn run(args: &Args) -> Result<()> {
     ))
 }
 
-/// pv-netd with two ports on one switch. It ends with this value.
+/// In a backend that belongs to no VM, which would see to it: arranges that it ends when the program
+/// that started it does, however that ends. Nothing in any other.
+///
+/// # Errors
+///
+/// When that program is gone already, or the kernel refuses.
+pub fn end_with_parent() -> io::Result<()> {
+    let Some(parent) = std::env::var_os(PARENT) else {
+        return Ok(());
+    };
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    // It may have ended before that.
+    let now = rustix::process::getppid().map(|now| now.as_raw_pid().to_string());
+    if now.is_some_and(|now| parent == *now) {
+        Ok(())
+    } else {
+        Err(io::Error::other("it is gone"))
+    }
+}
+
+/// pv-netd with two ports on one switch. It ends with this value, and with the thread that made it.
 struct Switch(Child);
 
 impl Switch {
@@ -55,6 +78,7 @@ impl Switch {
             let port = format!("socket={},switch=lan", socket.display());
             command.arg("--port").arg(port);
         }
+        command.env(PARENT, std::process::id().to_string());
         let child = command.stdin(Stdio::null()).spawn();
         let mut switch = Switch(child.context("cannot start pv-netd")?);
         let start = Instant::now();

@@ -194,24 +194,66 @@ fn ctrl_c_ends_everything() {
     }
 }
 
+/// However the program ends, its backends end with it, the one of both guests among them.
+#[test]
+fn nothing_outlives_a_program_that_is_killed() {
+    for accel in accels() {
+        for mode in [&["--pair", "--seconds", "60"][..], &["--port", "0"]] {
+            let scratch = tempfile::tempdir().expect("a folder");
+            let mut command = command(scratch.path(), &["--accel", accel]);
+            command.args(mode).stdout(Stdio::null());
+            let child = command.stderr(Stdio::piped()).spawn();
+            let mut child = child.expect("it starts");
+            // All that it starts hold this.
+            let said = collect(child.stderr.take());
+            let start = Instant::now();
+            let started = loop {
+                let found = naming(scratch.path());
+                if found.iter().any(|line| line.starts_with("pv-netd ")) {
+                    break true;
+                }
+                if start.elapsed() > LIMIT {
+                    break false;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            };
+            child.kill().expect("ours");
+            child.wait().expect("ours");
+            assert!(started, "{accel} {mode:?}");
+            while !said.is_finished() {
+                assert!(start.elapsed() < LIMIT, "{accel} {mode:?}: one is left");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            said.join().expect("no panic");
+            assert_eq!(processes_that_name(scratch.path()), Vec::<String>::new());
+        }
+    }
+}
+
 /// Command lines of processes that name this folder; one that is just ending gets a moment.
 fn processes_that_name(folder: &Path) -> Vec<String> {
-    let name = folder.to_str().expect("a plain path");
     let start = Instant::now();
     loop {
-        let mut found = Vec::new();
-        for entry in fs::read_dir("/proc").expect("proc").flatten() {
-            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            if line.contains(name) {
-                found.push(line);
-            }
-        }
+        let found = naming(folder);
         if found.is_empty() || start.elapsed() > Duration::from_secs(10) {
             return found;
         }
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Those there are now.
+fn naming(folder: &Path) -> Vec<String> {
+    let name = folder.to_str().expect("a plain path");
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").expect("proc").flatten() {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        if line.contains(name) {
+            found.push(line);
+        }
+    }
+    found
 }
 
 #[test]
