@@ -208,8 +208,14 @@ struct Fickle {
 type Heard = Vec<(u16, u64)>;
 
 impl Fickle {
-    /// Answers as many requests of the first connection, and all of the second.
-    fn serve(listener: UnixListener, requests: usize, answered: usize) -> Fickle {
+    /// Answers as many requests of the first connection, the others with `error` or not at all, and
+    /// all of the second.
+    fn serve(
+        listener: UnixListener,
+        requests: usize,
+        answered: usize,
+        error: Option<u32>,
+    ) -> Fickle {
         let heard = Arc::new(Mutex::new(Vec::new()));
         let log = Arc::clone(&heard);
         std::thread::spawn(move || {
@@ -224,11 +230,16 @@ impl Fickle {
                     taken += 1;
                     let (command, cookie, offset, len) = request;
                     log.lock().unwrap()[round].push((command, offset));
-                    if round > 0 || taken <= answered {
+                    let error = if round > 0 || taken <= answered {
+                        Some(0)
+                    } else {
+                        error
+                    };
+                    if let Some(error) = error {
                         let mut reply = 0x6744_6698u32.to_be_bytes().to_vec();
-                        reply.extend([0; 4]);
+                        reply.extend(error.to_be_bytes());
                         reply.extend(cookie.to_be_bytes());
-                        if command == 0 {
+                        if command == 0 && error == 0 {
                             reply.extend(vec![7; len as usize]);
                         }
                         stream.write_all(&reply).unwrap();
@@ -275,21 +286,82 @@ fn take(stream: &mut UnixStream) -> io::Result<(u16, u64, u64, u32)> {
     let word = |at: usize| u64::from_be_bytes(head[at..at + 8].try_into().unwrap());
     let len = u32::from_be_bytes(head[24..].try_into().unwrap());
     if command == 1 {
+        if len > 1 << 18 {
+            // The socket is full by then, and an earlier answer has been seen.
+            std::thread::sleep(Duration::from_millis(100));
+        }
         stream.read_exact(&mut vec![0; len as usize])?;
     }
     Ok((command, word(8), word(16), len))
+}
+
+/// What the server at `path` has, which is dialled again when it goes.
+fn redialling(path: &Path) -> NbdStore {
+    let address = format!("unix:{}", path.display()).parse().unwrap();
+    let store = NbdStore::connect(address, 1, false).unwrap();
+    let path = path.to_owned();
+    store.redialling(move || UnixStream::connect(&path), TIMEOUT)
+}
+
+#[test]
+fn an_answer_may_come_while_a_later_writes_data_is_on_its_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("nbd");
+    let fickle = Fickle::serve(UnixListener::bind(&path).unwrap(), 9, 9, None);
+    let (socket, server, device) = serve_store(folder.path(), Arc::new(redialling(&path)), 1);
+    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+    front.read(0, 0, 0, 4096, 0);
+    front.write(0, 65536, 65536, 768 << 10, 1);
+    front.kick(0);
+    let mut done = [front.complete(0), front.complete(0)];
+    done.sort_unstable();
+    assert_eq!(done, [(0, 0), (1, 0)]);
+    // On one connection, and each once.
+    assert_eq!(*fickle.heard.lock().unwrap(), [[(0, 0), (1, 65536)]]);
+    drop(front);
+    server.stop().unwrap();
+    assert_eq!(device.stats().host_errors, 0);
+}
+
+#[test]
+fn what_a_server_refuses_because_it_goes_waits_for_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("nbd");
+    let fickle = Fickle::serve(UnixListener::bind(&path).unwrap(), 1, 0, Some(108));
+    let (socket, server, device) = serve_store(folder.path(), Arc::new(redialling(&path)), 1);
+    let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
+    assert_eq!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
+    assert_eq!(*fickle.heard.lock().unwrap(), [[(1, 0)], [(1, 0)]]);
+    drop(front);
+    server.stop().unwrap();
+    assert_eq!(device.stats().host_errors, 0);
+}
+
+#[test]
+fn a_server_that_was_long_gone_while_nothing_was_asked_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
+    std::fs::write(&image, vec![0; MIB]).unwrap();
+    let Some(server) = Server::start(&nbd, &image) else {
+        return;
+    };
+    let daemon = daemon(folder.path(), &nbd, &["--nbd-retry", "5"]);
+    let mut front = Frontend::connect(&folder.path().join("blk.sock"), FEATURES, 1, 64, MIB);
+    assert_eq!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
+    drop(server);
+    std::thread::sleep(Duration::from_millis(5500));
+    let _server = Server::start(&nbd, &image).unwrap();
+    assert_eq!(front.read_sync(0, 0, 4096), (0, pattern(1, 4096)));
+    drop(front);
+    assert_eq!(daemon.end().0, Some(0));
 }
 
 #[test]
 fn what_was_not_answered_is_sent_again_in_its_order() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("nbd");
-    let fickle = Fickle::serve(UnixListener::bind(&path).unwrap(), 6, 2);
-    let address = format!("unix:{}", path.display()).parse().unwrap();
-    let store = NbdStore::connect(address, 1, false).unwrap();
-    let dialled = path.clone();
-    let store = store.redialling(move || UnixStream::connect(&dialled), TIMEOUT);
-    let (socket, server, device) = serve_store(folder.path(), Arc::new(store), 1);
+    let fickle = Fickle::serve(UnixListener::bind(&path).unwrap(), 6, 2, None);
+    let (socket, server, device) = serve_store(folder.path(), Arc::new(redialling(&path)), 1);
     let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
     for slot in [0, 1, 2] {
         front.write(0, 8192 * slot as u64, 4096 * slot, 4096, slot);

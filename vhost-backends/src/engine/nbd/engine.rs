@@ -18,6 +18,7 @@ use vmm_sys_util::epoll::EventSet;
 
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const REPLY_MAGIC: u32 = 0x6744_6698;
+const REQUEST_LEN: usize = 28;
 const REPLY_LEN: usize = 16;
 const READ: u16 = 0;
 const WRITE: u16 = 1;
@@ -29,6 +30,8 @@ const FLAG_NO_HOLE: u16 = 1 << 1;
 /// The protocol's error numbers.
 const ENOSPC: u32 = 28;
 const EPERM: u32 = 1;
+/// The server is about to go, and did not do it.
+const ESHUTDOWN: u32 = 108;
 
 #[derive(Debug, Default)]
 struct Slot {
@@ -66,6 +69,8 @@ struct Sending {
     /// The write whose data follows, and how much of it is left.
     data: Option<(Token, u64)>,
     tokens: Vec<Token>,
+    /// How many of them are out in full.
+    out: usize,
 }
 
 #[derive(Debug)]
@@ -76,6 +81,8 @@ pub(super) struct NbdEngine {
     stream: Option<UnixStream>,
     /// Since when nothing was heard of the server, whatever connections there were.
     lost: Option<Instant>,
+    /// A request has waited for it as long as it may.
+    given_up: bool,
     /// When to dial again.
     next_try: Instant,
     /// Since when the queue is to stop.
@@ -106,6 +113,7 @@ impl NbdEngine {
         }
         Ok(NbdEngine {
             lost: stream.is_none().then(Instant::now),
+            given_up: false,
             next_try: Instant::now(),
             stopping: None,
             begun: 0,
@@ -127,6 +135,10 @@ impl NbdEngine {
     }
 
     fn start_inner(&mut self, token: Token, operation: Operation<'_>) -> io::Result<bool> {
+        if self.stream.is_none() && self.in_flight == 0 && !self.given_up {
+            // Nobody has waited for it so far.
+            self.lost = Some(Instant::now());
+        }
         if self.stream.is_none() && !self.come_back()? && !self.may_wait() {
             return Err(io::ErrorKind::NotConnected.into());
         }
@@ -202,7 +214,7 @@ impl NbdEngine {
         let sending = &mut self.sending;
         sending.heads.clear();
         sending.tokens.clear();
-        (sending.done, sending.data) = (0, None);
+        (sending.done, sending.out, sending.data) = (0, 0, None);
         while let Some(token) = self.queued.pop_front() {
             let Some(slot) = self.slots.get_mut(usize::from(token)) else {
                 continue;
@@ -235,11 +247,6 @@ impl NbdEngine {
         while self.stream.is_some() {
             let sent_all = self.sending.done >= self.sending.heads.len();
             if sent_all && self.sending.data.is_none() {
-                for token in self.sending.tokens.drain(..) {
-                    if let Some(slot) = self.slots.get_mut(usize::from(token)) {
-                        slot.sent = true;
-                    }
-                }
                 if self.queued.is_empty() {
                     return self.want_out(false);
                 }
@@ -270,6 +277,7 @@ impl NbdEngine {
                             self.sending.data = None;
                         }
                     }
+                    self.mark_sent();
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return self.want_out(true);
@@ -279,6 +287,20 @@ impl NbdEngine {
             }
         }
         Ok(())
+    }
+
+    /// Requests whose heads are out may be answered, while the data of the last is still on its way.
+    fn mark_sent(&mut self) {
+        let sending = &mut self.sending;
+        while (sending.out + 1) * REQUEST_LEN <= sending.done
+            && let Some(&token) = sending.tokens.get(sending.out)
+            && sending.data.is_none_or(|(with_data, _)| with_data != token)
+        {
+            if let Some(slot) = self.slots.get_mut(usize::from(token)) {
+                slot.sent = true;
+            }
+            sending.out += 1;
+        }
     }
 
     /// Takes a new connection if there is one, and sees to it that there will be one. Whether there
@@ -362,7 +384,6 @@ impl NbdEngine {
     /// A reply is there. An error of the protocol is the end of the connection.
     fn reply(&mut self, bytes: [u8; REPLY_LEN], finished: &mut Vec<Finished>) -> io::Result<()> {
         self.receiving = NOTHING_YET;
-        self.found_again();
         let [m0, m1, m2, m3, e0, e1, e2, e3, cookie @ ..] = bytes;
         let broken = |what| io::Error::new(io::ErrorKind::InvalidData, what);
         if u32::from_be_bytes([m0, m1, m2, m3]) != REPLY_MAGIC {
@@ -376,8 +397,14 @@ impl NbdEngine {
             .get_mut(usize::from(token))
             .filter(|slot| slot.busy && slot.sent)
             .ok_or_else(|| broken("a reply to nothing"))?;
+        if error == ESHUTDOWN && self.store.redial.is_some() {
+            // For the connection that follows.
+            return Err(io::Error::from_raw_os_error(libc::ESHUTDOWN));
+        }
         // One answer for each request.
         slot.sent = false;
+        let (command, over) = (slot.command, slot.transfer.is_done());
+        self.found_again();
         if error != 0 {
             let error = match error {
                 ENOSPC => io::Error::from_raw_os_error(libc::ENOSPC),
@@ -385,9 +412,9 @@ impl NbdEngine {
                 _ => io::Error::from_raw_os_error(libc::EIO),
             };
             self.finish(token, Err(error), finished);
-        } else if slot.command == READ {
+        } else if command == READ {
             self.receiving = Receiving::Data(token);
-        } else if slot.command == WRITE && !slot.transfer.is_done() {
+        } else if command == WRITE && !over {
             self.queue(token);
         } else {
             self.finish(token, Ok(()), finished);
@@ -396,6 +423,7 @@ impl NbdEngine {
     }
 
     fn found_again(&mut self) {
+        self.given_up = false;
         if let Some(lost) = self.lost.take()
             && PEER_LINES.may_say()
         {
@@ -442,7 +470,10 @@ impl NbdEngine {
             // Later pieces of what was received.
             outcome = self.send();
         }
-        let silent = Duration::from_secs(NBD_SILENCE_SECS);
+        let silent = Duration::from_secs(match self.stopping {
+            Some(_) => NBD_STOP_SECS,
+            None => NBD_SILENCE_SECS,
+        });
         if self.in_flight > 0 && self.last_heard.elapsed() > silent {
             outcome = Err(io::ErrorKind::TimedOut.into());
         }
@@ -483,6 +514,7 @@ impl NbdEngine {
     }
 
     fn fail_all(&mut self, why: &io::Error) {
+        self.given_up = true;
         self.queued.clear();
         let mut failed = std::mem::take(&mut self.failed);
         // MAX_IN_FLIGHT fits a token.
