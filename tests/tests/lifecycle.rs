@@ -118,6 +118,7 @@ fn a_killed_vmm_leaves_no_child() {
 
 #[test]
 fn controls_after_the_end_say_so() {
+    let _alone = alone();
     for accel in accels().unwrap() {
         let vm = suite_vm("life.exit_code", accel)
             .unwrap()
@@ -149,6 +150,7 @@ fn controls_after_the_end_say_so() {
 
 #[test]
 fn a_paused_guest_does_not_execute() {
+    let _alone = alone();
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
     for accel in accels().unwrap() {
@@ -180,6 +182,7 @@ fn a_paused_guest_does_not_execute() {
 
 #[test]
 fn pausing_twice_and_with_an_unanswered_call() {
+    let _alone = alone();
     use std::sync::Arc;
     for accel in accels().unwrap() {
         let vm = suite_vm("life.spin", accel)
@@ -225,6 +228,7 @@ fn pausing_twice_and_with_an_unanswered_call() {
 
 #[test]
 fn a_console_writer_that_blocks_holds_up_output_only() {
+    let _alone = alone();
     for accel in accels().unwrap() {
         for case in ["console.held", "console.output"] {
             let (release, held) = mpsc::channel::<()>();
@@ -250,6 +254,7 @@ fn a_console_writer_that_blocks_holds_up_output_only() {
 
 #[test]
 fn a_console_writer_that_panics_ends_its_own_vm_only() {
+    let _alone = alone();
     for accel in accels().unwrap() {
         let vm = suite_vm("console.output", accel).unwrap();
         let vm = vm
@@ -265,6 +270,7 @@ fn a_console_writer_that_panics_ends_its_own_vm_only() {
 
 #[test]
 fn bad_settings_are_refused_with_their_range() {
+    let _alone = alone();
     let builder = || VmBuilder::new(Image::from_bytes(guest_images::SUITE).unwrap());
     let refused = |builder: VmBuilder| {
         let error = builder.build().unwrap_err();
@@ -304,6 +310,7 @@ fn bad_settings_are_refused_with_their_range() {
 
 #[test]
 fn backends_that_cannot_serve_are_named() {
+    let _alone = alone();
     let builder = || VmBuilder::new(Image::from_bytes(guest_images::SUITE).unwrap());
     let failed = |config| match builder().block(config).build() {
         Err(BuildError::Backend { name, source }) => format!("{name}: {source}"),
@@ -331,6 +338,7 @@ fn backends_that_cannot_serve_are_named() {
 
 #[test]
 fn a_handler_that_panics_ends_its_own_vm_only() {
+    let _alone = alone();
     for accel in accels().unwrap() {
         let vm = suite_vm("life.ticker", accel)
             .unwrap()
@@ -350,6 +358,7 @@ fn a_handler_that_panics_ends_its_own_vm_only() {
 
 #[test]
 fn every_cut_of_a_real_image_is_refused() {
+    let _alone = alone();
     let image = guest_images::FIRST_GUEST;
     let accepted = Image::from_bytes(image).unwrap();
     let last = accepted
@@ -368,6 +377,7 @@ fn every_cut_of_a_real_image_is_refused() {
 
 #[test]
 fn faults_without_ptrace_are_reported_and_marked() {
+    let _alone = alone();
     let cases = [
         ("fault.divide", FaultClass::Divide),
         ("fault.breakpoint", FaultClass::Breakpoint),
@@ -406,6 +416,7 @@ fn faults_without_ptrace_are_reported_and_marked() {
 
 #[test]
 fn the_sandbox_says_what_is_in_force() {
+    let _alone = alone();
     let vm = suite_vm("life.idle_forever", Accel::Process)
         .unwrap()
         .build()
