@@ -165,6 +165,7 @@ struct Done<'a>(&'a Desk);
 
 impl Drop for Done<'_> {
     fn drop(&mut self) {
+        // The state first: whoever was woken, and has taken the signal, finds it changed.
         self.0.lock().writing = false;
         self.0.changed.notify_all();
         let _ = signal(&self.0.written);
@@ -203,10 +204,17 @@ mod tests {
         go.send(()).unwrap();
         let patience = Duration::from_secs(20);
         assert_eq!(heard.recv_timeout(patience).unwrap(), b"first");
-        while !desk.is_clear() {
+        // The signal comes after the state that it tells of, so it is what to wait for.
+        let until = Instant::now() + patience;
+        while let Err(error) = desk.written().read() {
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+            assert!(
+                Instant::now() < until,
+                "the writer is done and does not say so"
+            );
             std::thread::yield_now();
         }
-        desk.written().read().unwrap();
+        assert!(desk.is_clear());
         assert!(desk.give(&mut second));
         go.send(()).unwrap();
         // What was given is written before the end.
