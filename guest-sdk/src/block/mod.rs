@@ -112,14 +112,7 @@ impl<P: Platform> Block<P> {
             .iter()
             .map(|(channel, _)| Arc::clone(channel) as Arc<dyn Ring>)
             .collect();
-        let core = Core::bring_up(
-            platform,
-            info,
-            KNOWN,
-            feature::VERSION_1,
-            agree_to_all(),
-            rings,
-        )?;
+        let core = Core::bring_up(platform, info, KNOWN, agree_to_all(), rings)?;
         let shared = Arc::new(Shared::new(core, arena));
         let queues = channels
             .into_iter()

@@ -1,6 +1,6 @@
 //! The console (virtio 1.3 §5.3): one queue in, one queue out, bytes without structure.
 
-use crate::device::{Buffer, Channel, Core, Error, OpenError, Ring, agree_to_all};
+use crate::device::{Buffer, Channel, Core, Error, KNOWN_TO_ALL, OpenError, Ring, agree_to_all};
 use crate::limits::{CONSOLE_BUFFER, CONSOLE_BUFFERS};
 use crate::platform::{DmaBuf, Platform};
 use alloc::sync::Arc;
@@ -9,7 +9,6 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::task::Poll;
 use pv_abi::device::kind;
-use pv_abi::virtio::feature;
 
 #[cfg(test)]
 mod tests;
@@ -52,15 +51,7 @@ impl<P: Platform> Console<P> {
             Arc::clone(&receive) as Arc<dyn Ring>,
             Arc::clone(&transmit) as Arc<dyn Ring>,
         ];
-        let known = feature::VERSION_1 | feature::EVENT_IDX;
-        let core = Core::bring_up(
-            platform,
-            info,
-            known,
-            feature::VERSION_1,
-            agree_to_all(),
-            rings,
-        )?;
+        let core = Core::bring_up(platform, info, KNOWN_TO_ALL, agree_to_all(), rings)?;
         Ok(Console {
             core,
             receive,

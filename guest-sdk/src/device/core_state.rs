@@ -65,13 +65,17 @@ pub(crate) enum Step {
     Waiting,
 }
 
+/// Features that no driver here can do without.
+const NEEDED: u64 = feature::VERSION_1;
+
+/// What a driver has a use for whose device has no features of its own.
+pub(crate) const KNOWN_TO_ALL: u64 = NEEDED | feature::EVENT_IDX;
+
 /// A device that a driver has in use.
 pub(crate) struct Core<P: Platform> {
     platform: &'static P,
     info: DeviceInfo,
     config_vcpu: u32,
-    /// Feature bits that the driver cannot do without.
-    needed: u64,
     agree: Agree,
     rings: Vec<Arc<dyn Ring>>,
     /// Held over calls that may take seconds, so it is only ever tried. What others want to know or
@@ -167,12 +171,11 @@ impl<P: Platform> Core<P> {
 
     /// Brings the device up with these queues; waits until it is there.
     ///
-    /// `known` are the features that the driver has a use for, `needed` those it cannot do without.
+    /// `known` are the features that the driver has a use for, [`NEEDED`] among them.
     pub(crate) fn bring_up(
         platform: &'static P,
         info: DeviceInfo,
         known: u64,
-        needed: u64,
         agree: Agree,
         rings: Vec<Arc<dyn Ring>>,
     ) -> Result<Self, OpenError> {
@@ -184,7 +187,6 @@ impl<P: Platform> Core<P> {
             platform,
             info,
             config_vcpu,
-            needed,
             agree,
             rings,
             life: SpinLock::new(Life {
@@ -210,7 +212,7 @@ impl<P: Platform> Core<P> {
                         .device_table()
                         .info(info.index)
                         .map_or(0, |now| now.features);
-                    let missing = needed & !offered;
+                    let missing = NEEDED & !offered;
                     return Err(if missing != 0 {
                         OpenError::MissingFeatures(missing)
                     } else {
@@ -402,7 +404,7 @@ impl<P: Platform> Core<P> {
             return Err(Lost::Changed);
         };
         let fits = |ring: &Arc<dyn Ring>| ring.setup().size <= now.max_queue_size;
-        if features & self.needed != self.needed
+        if features & NEEDED != NEEDED
             || self.rings.len() > usize::from(now.queue_count)
             || now.kind != self.info.kind
             || now.arena != self.info.arena

@@ -40,7 +40,7 @@ pub(crate) use buffer::Buffer;
 pub use buffer::Error;
 pub(crate) use channel::{Channel, Failed, Ring, Submission};
 pub use core_state::OpenError;
-pub(crate) use core_state::{Agree, Core, Offer, Step, agree_to_all};
+pub(crate) use core_state::{Agree, Core, KNOWN_TO_ALL, Offer, Step, agree_to_all};
 pub(crate) use wait::{Looking, wait};
 
 /// Why a device is of no use any more.

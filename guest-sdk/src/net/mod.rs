@@ -197,14 +197,7 @@ impl<P: Platform> Nic<P> {
         }
         let vcpu = config.pairs.first().map_or(0, |pair| pair.vcpu);
         let control = plan.control(&info, arena, vcpu, wanted, &mut rings)?;
-        let core = Core::bring_up(
-            platform,
-            info,
-            plan.features,
-            feature::VERSION_1,
-            plan.agree(),
-            rings,
-        )?;
+        let core = Core::bring_up(platform, info, plan.features, plan.agree(), rings)?;
         let shared = Arc::new(Shared::new(core, arena, control.clone(), wanted));
         let mut pairs = Vec::with_capacity(halves.len());
         for (receive, transmit, size) in halves {

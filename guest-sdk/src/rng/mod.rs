@@ -1,12 +1,11 @@
 //! The entropy source (virtio 1.3 §5.4): one queue, whose buffers the device fills.
 
-use crate::device::{Buffer, Channel, Core, Error, OpenError, Ring, agree_to_all};
+use crate::device::{Buffer, Channel, Core, Error, KNOWN_TO_ALL, OpenError, Ring, agree_to_all};
 use crate::limits::RNG_BUFFER;
 use crate::platform::{DmaBuf, Platform};
 use alloc::sync::Arc;
 use alloc::vec;
 use pv_abi::device::kind;
-use pv_abi::virtio::feature;
 
 /// Entries of the queue: one request at a time, and the least that a ring may have is two.
 const QUEUE_SIZE: u16 = 2;
@@ -31,15 +30,7 @@ impl<P: Platform> Rng<P> {
         let channel = Arc::new(Channel::new(&info, 0, arena, QUEUE_SIZE, vcpu, 0)?);
         let buf = arena.alloc(RNG_BUFFER)?;
         let rings = vec![Arc::clone(&channel) as Arc<dyn Ring>];
-        let known = feature::VERSION_1 | feature::EVENT_IDX;
-        let core = Core::bring_up(
-            platform,
-            info,
-            known,
-            feature::VERSION_1,
-            agree_to_all(),
-            rings,
-        )?;
+        let core = Core::bring_up(platform, info, KNOWN_TO_ALL, agree_to_all(), rings)?;
         Ok(Rng {
             core,
             channel,
