@@ -1,7 +1,7 @@
 //! The slot of a network card, with a backend that only remembers.
 
 use super::*;
-use crate::memory::{MemoryPlan, Region};
+use crate::memory::Region;
 use pv_abi::layout::ARENA_BASE;
 use pv_abi::virtio::net::{Config, status};
 use std::sync::mpsc;
@@ -68,15 +68,7 @@ struct Fixture {
 }
 
 fn slot(kind: u32) -> Fixture {
-    let plan = MemoryPlan {
-        private: crate::limits::MIN_MEMORY,
-        shared_private: false,
-        shared_vmm: false,
-        huge_pages: false,
-        prefault: false,
-        huge_from: 0,
-    };
-    let memory = Arc::new(GuestMemory::new(&plan, &[]).unwrap());
+    let memory = Arc::new(GuestMemory::plain(crate::limits::MIN_MEMORY, &[]));
     let info = DeviceInfo {
         index: 0,
         kind,

@@ -172,20 +172,28 @@ fn inside(gpa: u64, len: u64, (base, size): (u64, u64)) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use pv_abi::layout::CONTROL_RO_BASE;
-
-    fn memory() -> GuestMemory {
+impl GuestMemory {
+    /// Memory with nothing shared and nothing special, for a test.
+    pub(crate) fn plain(private: u64, arena_lens: &[u64]) -> GuestMemory {
         let plan = MemoryPlan {
-            private: 8 << 20,
+            private,
             shared_private: false,
             shared_vmm: false,
             huge_pages: false,
             prefault: false,
             huge_from: RAM_BASE,
         };
-        GuestMemory::new(&plan, &[2 << 20, 4 << 20]).unwrap()
+        GuestMemory::new(&plan, arena_lens).unwrap()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pv_abi::layout::CONTROL_RO_BASE;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::plain(8 << 20, &[2 << 20, 4 << 20])
     }
 
     #[test]

@@ -273,15 +273,7 @@ mod tests {
 
     #[test]
     fn a_page_does_not_say_stable_of_a_tsc_that_is_not_the_hosts() {
-        let plan = crate::memory::MemoryPlan {
-            private: 4 << 20,
-            shared_private: false,
-            shared_vmm: false,
-            huge_pages: false,
-            prefault: false,
-            huge_from: 0,
-        };
-        let memory = GuestMemory::new(&plan, &[]).unwrap();
+        let memory = GuestMemory::plain(4 << 20, &[]);
         let clock = Clock::new();
         let page = || {
             let page: ClockPage = memory.vmm.read(CLOCK_PAGE_BASE - VMM_BASE).unwrap();

@@ -80,18 +80,9 @@ fn code_at(memory: &GuestMemory, rip: u64) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::MemoryPlan;
 
     fn class(number: i32, code: i32) -> Result<FaultClass, Violation> {
-        let plan = MemoryPlan {
-            private: 4 << 20,
-            shared_private: false,
-            shared_vmm: false,
-            huge_pages: false,
-            prefault: false,
-            huge_from: 0,
-        };
-        let memory = GuestMemory::new(&plan, &[]).unwrap();
+        let memory = GuestMemory::plain(4 << 20, &[]);
         let signal = Signal {
             number,
             code,
