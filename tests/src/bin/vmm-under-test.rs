@@ -1,6 +1,7 @@
-//! A VMM to be killed: runs a guest that ticks, with a backend, and says so on standard output.
+//! A VMM in a process of its own, which somebody else ends.
 //!
-//! Usage: `vmm-under-test ACCEL IMAGE`.
+//! Usage: `vmm-under-test ACCEL [IMAGE]`. With an image its guest has a backend and ticks; without, it is
+//! idle. A line on standard output says when it does: `ticking`, `running`.
 
 use paravane_tests::{disk, suite_vm};
 use std::io::Write;
@@ -8,17 +9,22 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
-    let (Some(accel), Some(image)) = (args.next(), args.next()) else {
-        anyhow::bail!("usage: vmm-under-test ACCEL IMAGE");
+    let Some(accel) = args.next() else {
+        anyhow::bail!("usage: vmm-under-test ACCEL [IMAGE]");
+    };
+    let accel = accel.parse()?;
+    let Some(image) = args.next() else {
+        let vm = suite_vm("life.idle_forever", accel)?.build()?.run()?;
+        say("running");
+        vm.wait();
+        return Ok(());
     };
     let ticks = AtomicU32::new(0);
-    let vm = suite_vm("life.ticker", accel.parse()?)?
+    let vm = suite_vm("life.ticker", accel)?
         .block(disk(image.as_ref(), &[]))
         .call(5, move |call| {
             if ticks.fetch_add(1, Ordering::Relaxed) == 3 {
-                // The test waits for this line.
-                let mut out = std::io::stdout();
-                let _ = writeln!(out, "ticking").and_then(|()| out.flush());
+                say("ticking");
             }
             call.finish(Ok(0));
         })
@@ -26,4 +32,10 @@ fn main() -> anyhow::Result<()> {
         .run()?;
     vm.wait();
     Ok(())
+}
+
+/// Somebody waits for this line.
+fn say(line: &str) {
+    let mut out = std::io::stdout();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
