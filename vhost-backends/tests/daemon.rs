@@ -10,13 +10,13 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
 use std::time::Duration;
-use support::daemon::{Daemon, connect, program};
-use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
+use support::process::{Daemon, TIMEOUT, blkd, connect, limit_file_size};
+use support::{Disk, FEATURES, Frontend, pattern};
 
 const MIB: u64 = 1 << 20;
 
 fn run(args: &[&str]) -> Output {
-    program().args(args).output().unwrap()
+    blkd().args(args).output().unwrap()
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn prints_capabilities_and_help() {
 
 /// A command with `fd` open as a number that nothing else in a new process has.
 fn with_fd(disk: &Disk, fd: i32) -> Command {
-    let mut command = program();
+    let mut command = blkd();
     command
         .arg("--blk-file")
         .arg(&disk.image)
@@ -196,25 +196,13 @@ fn a_file_that_is_no_socket_is_refused() {
 fn past_a_file_size_limit_a_write_fails_and_the_rest_goes_on() {
     for direct in [false, true] {
         let disk = Disk::new(MIB);
-        let mut command = program();
+        let mut command = blkd();
         command.arg("--socket-path").arg(&disk.socket);
         command.arg("--blk-file").arg(&disk.image);
         if direct {
             command.arg("--direct");
         }
-        // SAFETY: setrlimit is async-signal-safe and gets a valid limit.
-        unsafe {
-            command.pre_exec(|| {
-                let limit = libc::rlimit {
-                    rlim_cur: 64 << 10,
-                    rlim_max: 64 << 10,
-                };
-                match libc::setrlimit(libc::RLIMIT_FSIZE, &limit) {
-                    0 => Ok(()),
-                    _ => Err(std::io::Error::last_os_error()),
-                }
-            })
-        };
+        limit_file_size(&mut command, 64 << 10);
         let daemon = Daemon::start(&mut command);
         let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
         for at in [64 << 10, 512 << 10] {
@@ -264,7 +252,7 @@ fn output_that_nobody_reads_is_no_bug() {
         .flat_map(|(code, all)| all.iter().map(move |args| (*code, *args)))
     {
         // Both go to pipes that nobody holds the other end of.
-        let mut command = program();
+        let mut command = blkd();
         let mut child = command
             .args(args)
             .stdout(std::io::pipe().unwrap().1)

@@ -2,47 +2,17 @@
 
 mod support;
 
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-use support::{FEATURES, Frontend, TIMEOUT, pattern};
+use support::nbd::NbdServer;
+use support::process::{Daemon, blkd};
+use support::{FEATURES, Frontend, pattern};
 
 const MIB: usize = 1 << 20;
-
-/// Ended with the test.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn start(command: &mut Command, socket: &Path) -> Option<Ended> {
-    let child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()
-        .ok()?;
-    let mut child = Ended(child);
-    let deadline = Instant::now() + TIMEOUT;
-    while !socket.exists() {
-        let ended = child.0.try_wait().unwrap();
-        assert!(ended.is_none(), "{command:?} ended: {ended:?}");
-        assert!(Instant::now() < deadline, "{command:?} does not listen");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Some(child)
-}
 
 /// Requests of every kind, from two frontends in turn.
 fn verified(arguments: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("blk.sock");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-blkd"));
-    command.args(arguments).arg("--socket-path").arg(&socket);
-    let _daemon = start(&mut command, &socket).unwrap();
+    let _daemon = Daemon::quiet(blkd().args(arguments).arg("--socket-path").arg(&socket));
     for round in 0..2u64 {
         let mut front = Frontend::connect(&socket, FEATURES, 1, 64, MIB);
         for i in 0..32u64 {
@@ -99,10 +69,9 @@ fn images_and_overlays() {
 fn on_an_nbd_server() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("nbd.sock");
-    let mut command = Command::new("nbdkit");
-    command.arg("-f").arg("-U").arg(&socket);
-    let Some(_server) = start(command.args(["memory", "8M"]), &socket) else {
-        println!("SKIPPED: no nbdkit to test against");
+    let at = socket.to_str().unwrap();
+    let Some(_server) = NbdServer::start("nbdkit", &["-f", "-U", at, "memory", "8M"], &socket)
+    else {
         return;
     };
     verified(&["--nbd", &format!("unix:{}", socket.display())]);

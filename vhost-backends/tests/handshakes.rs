@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use support::process::Process;
+use support::process::{Daemon, blkd};
 use support::raw::{Client, Counting, LOG_ALL, PACKED, PROTOCOL, event, memory};
 use vhost_backends::session::SessionEnd;
 
@@ -156,9 +156,14 @@ fn the_daemon_in_its_sandbox_answers_all_of_them() {
     ] {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("blk.sock");
-        let mut daemon = Process::start(&socket, &["--memory", "8M", "--num-queues", "2"]);
+        let mut daemon = Daemon::quiet(blkd().arg("--socket-path").arg(&socket).args([
+            "--memory",
+            "8M",
+            "--num-queues",
+            "2",
+        ]));
         for _ in 0..2 {
-            let mut client = Client::over(daemon.connect());
+            let mut client = Client::over(daemon.connect(&socket));
             let mut kept = Vec::new();
             for (n, message) in parse(text).iter().enumerate() {
                 if message.frontend {
@@ -166,7 +171,7 @@ fn the_daemon_in_its_sandbox_answers_all_of_them() {
                     continue;
                 }
                 let Some((request, _, _)) = client.receive() else {
-                    panic!("message {n}: {:?}", daemon.end());
+                    panic!("message {n}: {:?}", daemon.wait_status());
                 };
                 assert_eq!(request, message.request, "message {n}");
             }

@@ -13,7 +13,7 @@ mod support {
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use support::front::{DATA, Front, Op, TIMEOUT};
-use support::process::Process;
+use support::process::{Daemon, blkd};
 use vhost_backends::engine::{BlockingDisk, FileOptions, Qcow2Disk, create_overlay};
 
 const MIB: usize = 1 << 20;
@@ -107,8 +107,8 @@ fn try_image(dir: &Path, path: &Path, what: &str, tally: &mut Tally) {
         path.into(),
         "--format=qcow2".into(),
     ];
-    let mut daemon = Process::start(&socket, &arguments);
-    match daemon.connect_or_end() {
+    let mut daemon = Daemon::quiet(blkd().arg("--socket-path").arg(&socket).args(arguments));
+    match daemon.connect_or_end(&socket) {
         Err(status) => {
             assert_eq!(status.code(), Some(1), "{what}: {status:?}");
             tally.refused += 1;
@@ -123,7 +123,7 @@ fn try_image(dir: &Path, path: &Path, what: &str, tally: &mut Tally) {
             } else {
                 tally.failing += 1;
             }
-            let most = daemon.status("VmHWM:");
+            let most = daemon.number("VmHWM");
             assert!(most < MOST_MEMORY_KIB, "{what}: {most} KiB");
         }
     }

@@ -5,62 +5,20 @@ mod support;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use support::daemon::{Daemon, program, stats};
 use support::load::Verified;
-use support::{FEATURES, Frontend, TIMEOUT, pattern, serve_store};
+use support::nbd::NbdServer;
+use support::process::{Daemon, TIMEOUT, blkd, stats};
+use support::{FEATURES, Frontend, pattern, serve_store};
 use vhost_backends::engine::NbdStore;
 
 const MIB: usize = 1 << 20;
 
-/// nbdkit on a file, ended with the test.
-struct Server(Child);
-
-impl Server {
-    /// `None`, and said so, where it is not installed.
-    fn start(socket: &Path, image: &Path) -> Option<Server> {
-        let _ = std::fs::remove_file(socket);
-        let mut command = Command::new("nbdkit");
-        command
-            .args(["-f", "-U"])
-            .arg(socket)
-            .arg("file")
-            .arg(image);
-        let quiet = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let Ok(child) = quiet.spawn() else {
-            println!("SKIPPED: no nbdkit to lose and find again");
-            return None;
-        };
-        let mut server = Server(child);
-        let deadline = Instant::now() + TIMEOUT;
-        // nbdkit does not always survive a client that is gone before it was greeted.
-        let greeted = |mut stream: UnixStream| stream.read_exact(&mut [0; 18]);
-        while UnixStream::connect(socket).and_then(greeted).is_err() {
-            let ended = server.0.try_wait().unwrap();
-            assert!(ended.is_none(), "nbdkit ended: {ended:?}");
-            assert!(Instant::now() < deadline, "nbdkit does not listen");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Some(server)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// `pv-blkd`, in its sandbox, on the server at `nbd`.
 fn daemon(folder: &Path, nbd: &Path, more: &[&str]) -> Daemon {
-    let mut command = program();
+    let mut command = blkd();
     command.arg("--nbd").arg(format!("unix:{}", nbd.display()));
     command.arg("--socket-path").arg(folder.join("blk.sock"));
     command.arg("--stats-socket").arg(folder.join("stats"));
@@ -72,7 +30,7 @@ fn a_server_that_comes_back_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
     std::fs::write(&image, vec![0; 16 * MIB]).unwrap();
-    let Some(mut server) = Server::start(&nbd, &image) else {
+    let Some(mut server) = NbdServer::nbdkit(&nbd, &image) else {
         return;
     };
     let daemon = daemon(folder.path(), &nbd, &["--num-queues", "2"]);
@@ -91,7 +49,7 @@ fn a_server_that_comes_back_loses_nothing() {
                 server.0.kill().unwrap();
                 server.0.wait().unwrap();
                 std::thread::sleep(Duration::from_millis(50 * round));
-                *server = Server::start(nbd, image).unwrap();
+                *server = NbdServer::nbdkit(nbd, image).unwrap();
             }
             done.store(true, Ordering::SeqCst);
             // nbdkit ends with the thread that started it.
@@ -125,17 +83,9 @@ fn a_server_that_comes_back_loses_nothing() {
     let before = ticks();
     std::thread::sleep(Duration::from_millis(500));
     assert!(ticks() - before <= 2, "it spins");
-    let server = Server::start(&nbd, &image).unwrap();
+    let server = NbdServer::nbdkit(&nbd, &image).unwrap();
     load.round(&mut front);
-    let deadline = Instant::now() + TIMEOUT;
-    while daemon.fds() != fds {
-        assert!(
-            Instant::now() < deadline,
-            "{} descriptors, {fds} before",
-            daemon.fds()
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    daemon.wait_for_fds(fds);
     drop(front);
     let (code, said) = daemon.end();
     assert_eq!(code, Some(0), "{said}");
@@ -149,7 +99,7 @@ fn after_its_time_a_request_fails_and_later_ones_do_not() {
     let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
     std::fs::write(&image, vec![0; MIB]).unwrap();
     for patience in ["1", "0"] {
-        let Some(server) = Server::start(&nbd, &image) else {
+        let Some(server) = NbdServer::nbdkit(&nbd, &image) else {
             return;
         };
         let daemon = daemon(folder.path(), &nbd, &["--nbd-retry", patience]);
@@ -166,7 +116,7 @@ fn after_its_time_a_request_fails_and_later_ones_do_not() {
         );
         assert_ne!(front.read_sync(0, 0, 4096).0, 0);
         if patience == "1" {
-            let _server = Server::start(&nbd, &image).unwrap();
+            let _server = NbdServer::nbdkit(&nbd, &image).unwrap();
             let deadline = Instant::now() + TIMEOUT;
             while front.read_sync(0, 0, 4096) != (0, pattern(1, 4096)) {
                 assert!(Instant::now() < deadline, "it does not come back");
@@ -182,7 +132,7 @@ fn a_lost_server_keeps_no_stop_waiting() {
     let folder = tempfile::tempdir().unwrap();
     let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
     std::fs::write(&image, vec![0; MIB]).unwrap();
-    let Some(server) = Server::start(&nbd, &image) else {
+    let Some(server) = NbdServer::nbdkit(&nbd, &image) else {
         return;
     };
     let daemon = daemon(folder.path(), &nbd, &[]);
@@ -342,7 +292,7 @@ fn a_server_that_was_long_gone_while_nothing_was_asked_is_waited_for() {
     let folder = tempfile::tempdir().unwrap();
     let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
     std::fs::write(&image, vec![0; MIB]).unwrap();
-    let Some(server) = Server::start(&nbd, &image) else {
+    let Some(server) = NbdServer::nbdkit(&nbd, &image) else {
         return;
     };
     let daemon = daemon(folder.path(), &nbd, &["--nbd-retry", "5"]);
@@ -350,7 +300,7 @@ fn a_server_that_was_long_gone_while_nothing_was_asked_is_waited_for() {
     assert_eq!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
     drop(server);
     std::thread::sleep(Duration::from_millis(5500));
-    let _server = Server::start(&nbd, &image).unwrap();
+    let _server = NbdServer::nbdkit(&nbd, &image).unwrap();
     assert_eq!(front.read_sync(0, 0, 4096), (0, pattern(1, 4096)));
     drop(front);
     assert_eq!(daemon.end().0, Some(0));

@@ -4,86 +4,24 @@
 
 mod support {
     pub(crate) mod net;
+    pub(crate) mod process;
     pub(crate) mod raw;
 }
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::net::{MRG, NetFront, TIMEOUT, VERSION_1};
+use support::process::{Daemon, connect, http, manual_names_every_option, netd, stats};
 use support::raw::Client;
 
 const PLAIN: [u8; 12] = [0; 12];
 
-fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pv-netd"));
-    command.stdin(Stdio::null()).stderr(Stdio::piped());
-    command
-}
-
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(args: &[String]) -> Daemon {
-        Daemon(program().args(args).spawn().unwrap())
-    }
-
-    /// The exit code and what it said, after SIGTERM.
-    fn end(mut self) -> (Option<i32>, String) {
-        let pid = libc::pid_t::try_from(self.0.id()).unwrap();
-        // SAFETY: kill takes no pointer; the child has not been waited for.
-        assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
-        let deadline = Instant::now() + TIMEOUT;
-        let status = loop {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "the daemon did not end");
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        let mut said = String::new();
-        let mut stderr = self.0.stderr.take().unwrap();
-        stderr.read_to_string(&mut said).unwrap();
-        (status.code(), said)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn connect(path: &Path) -> UnixStream {
-    let deadline = Instant::now() + TIMEOUT;
-    loop {
-        if let Ok(stream) = UnixStream::connect(path) {
-            stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-            stream.set_write_timeout(Some(TIMEOUT)).unwrap();
-            return stream;
-        }
-        assert!(Instant::now() < deadline, "nobody listens");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
 fn front(socket: &Path) -> NetFront {
     let client = Client::over(connect(socket));
     NetFront::on(client, VERSION_1 | MRG, 2)
-}
-
-fn http(path: &Path, method: &str, target: &str, body: &str) -> (String, String) {
-    let mut stream = connect(path);
-    let length = body.len();
-    let request = format!("{method} {target} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}");
-    stream.write_all(request.as_bytes()).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head.lines().next().unwrap().to_owned(), body.to_owned())
 }
 
 fn frame(to: u8, from: u8, len: usize) -> Vec<u8> {
@@ -111,7 +49,7 @@ fn ports_of_one_switch_with_control_and_statistics() {
     for (flag, name) in [("--control-socket", "ctl"), ("--stats-socket", "stats")] {
         args.extend([flag.into(), path(name).display().to_string()]);
     }
-    let daemon = Daemon::start(&args);
+    let daemon = Daemon::start(netd().args(&args));
     let mut fronts = ["a", "b", "c"].map(|name| front(&path(name)));
     for front in &mut fronts {
         for _ in 0..8 {
@@ -153,8 +91,7 @@ fn ports_of_one_switch_with_control_and_statistics() {
         start.elapsed()
     );
 
-    let (_, body) = http(&path("stats"), "GET", "/stats", "");
-    let stats: serde_json::Value = serde_json::from_str(&body).unwrap();
+    let stats = stats(&path("stats"));
     let a = &stats["ports"][0];
     assert_eq!(
         (&a["port"], &a["mac"]),
@@ -185,7 +122,7 @@ fn a_capture_has_what_passes() {
     let path = |name: &str| -> PathBuf { dir.path().join(name) };
     let mut args: Vec<String> = port(&path("a"), 1, "loopback,id=a").into();
     args.extend(["--control-socket".into(), path("ctl").display().to_string()]);
-    let daemon = Daemon::start(&args);
+    let daemon = Daemon::start(netd().args(&args));
     let mut front = front(&path("a"));
     for round in 0..3usize {
         let mut reader = connect(&path("ctl"));
@@ -251,7 +188,7 @@ fn a_streams_peer_goes_and_comes_back() {
     let path = |name: &str| -> PathBuf { dir.path().join(name) };
     let listener = UnixListener::bind(path("peer")).unwrap();
     let args = port(&path("a"), 1, &format!("stream={}", path("peer").display()));
-    let daemon = Daemon::start(&args);
+    let daemon = Daemon::start(netd().args(&args));
     let mut front = front(&path("a"));
     for round in 0..3usize {
         // The daemon comes by itself, from inside its sandbox.
@@ -307,7 +244,7 @@ fn a_stream_that_is_waited_for() {
         1,
         &format!("stream-listen={}", path("peer").display()),
     );
-    let daemon = Daemon::start(&args);
+    let daemon = Daemon::start(netd().args(&args));
     let mut front = front(&path("a"));
     for round in 0..3usize {
         assert!(front.offer_receive(0, 4096));
@@ -326,7 +263,7 @@ fn a_stream_that_is_waited_for() {
 
 #[test]
 fn what_it_says_about_itself() {
-    let output = program().arg("--print-capabilities").output().unwrap();
+    let output = netd().arg("--print-capabilities").output().unwrap();
     let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(said["type"], "net");
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("share/50-pv-netd.json");
@@ -334,18 +271,7 @@ fn what_it_says_about_itself() {
     let descriptor: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert_eq!(descriptor["type"], said["type"]);
 
-    let manual = Path::new(env!("CARGO_MANIFEST_DIR")).join("man/pv-netd.1");
-    let manual = std::fs::read_to_string(manual).unwrap().replace("\\-", "-");
-    let help = String::from_utf8(program().arg("--help").output().unwrap().stdout).unwrap();
-    let words = |text: &str| -> std::collections::BTreeSet<String> {
-        text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
-            .filter(|w| w.starts_with("--") && w.len() > 2)
-            .map(str::to_owned)
-            .collect()
-    };
-    let (said, written) = (words(&help), words(&manual));
-    let missing: Vec<_> = said.difference(&written).collect();
-    assert!(missing.is_empty(), "not in the manual: {missing:?}");
+    manual_names_every_option(netd(), "pv-netd.1");
 }
 
 #[test]
@@ -361,7 +287,7 @@ fn bad_ports_get_a_sentence() {
         ("interface=none-such", "cannot open the interface"),
         ("queue-pairs=2", "where frames go"),
     ] {
-        let output = program().args(port(&socket, 1, more)).output().unwrap();
+        let output = netd().args(port(&socket, 1, more)).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{more}: {said}");
         assert!(said.contains(why), "{more}: {said}");
@@ -381,7 +307,7 @@ fn descriptors_are_as_many_as_may_be_and_enough() {
         let script = format!("ulimit {limits} && exec \"$@\"");
         command
             .args(["-c", &script, "sh"])
-            .arg(program().get_program());
+            .arg(netd().get_program());
         command
             .args(&ports)
             .stdin(Stdio::null())
@@ -394,7 +320,7 @@ fn descriptors_are_as_many_as_may_be_and_enough() {
     assert!(said.contains("need 800 descriptors"), "{said}");
     assert!(!dir.path().join("0").exists());
     // A soft limit alone is no obstacle.
-    let daemon = Daemon(limited("-S -n 256").spawn().unwrap());
+    let daemon = Daemon::start(&mut limited("-S -n 256"));
     let mut fronts: Vec<NetFront> = (0..20)
         .map(|index: u8| front(&dir.path().join(index.to_string())))
         .collect();
@@ -494,7 +420,7 @@ fn a_tap_interface() {
     }
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("s");
-    let daemon = Daemon::start(&port(&socket, 1, "tap=pv0"));
+    let daemon = Daemon::start(netd().args(port(&socket, 1, "tap=pv0")));
     let mut front = front(&socket);
     ip("link set pv0 mtu 9000 up");
     let host = packet_socket("pv0");
@@ -551,10 +477,10 @@ fn frames_that_a_header_has_no_words_for_are_lost_alone() {
     ip("link set pva up");
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("s");
-    let stats = dir.path().join("stats");
+    let told = dir.path().join("stats");
     let mut args = port(&socket, 1, "interface=pva").to_vec();
-    args.extend(["--stats-socket".into(), stats.display().to_string()]);
-    let daemon = Daemon::start(&args);
+    args.extend(["--stats-socket".into(), told.display().to_string()]);
+    let daemon = Daemon::start(netd().args(&args));
     let mut front = front(&socket);
     let good = frame(1, 9, 100);
     // To be sent in IP fragments: the kernel takes that and cannot give it.
@@ -571,8 +497,7 @@ fn frames_that_a_header_has_no_words_for_are_lost_alone() {
         tap.write_all(&[&[0; 10][..], &good].concat()).unwrap();
         assert_eq!(receive_ours_front(&mut front), good);
     }
-    let said: serde_json::Value =
-        serde_json::from_str(&http(&stats, "GET", "/stats", "").1).unwrap();
+    let said = stats(&told);
     println!("{}", said["ports"][0]["drops"]);
     assert_eq!(said["ports"][0]["drops"]["port_error"], 3);
     drop(front);
@@ -589,7 +514,7 @@ fn an_interface_of_the_host() {
     ip("link set pvb up");
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("s");
-    let daemon = Daemon::start(&port(&socket, 1, "interface=pva"));
+    let daemon = Daemon::start(netd().args(port(&socket, 1, "interface=pva")));
     let mut front = front(&socket);
     let peer = packet_socket("pvb");
     for len in [60, 100, 1000, 1514] {

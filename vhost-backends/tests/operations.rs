@@ -19,8 +19,11 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use support::daemon::{Daemon, Managed, connect, http, program, stats};
-use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
+use support::daemon::Managed;
+use support::process::{
+    Daemon, TIMEOUT, blkd, connect, http, limit_file_size, manual_names_every_option, stats,
+};
+use support::{Disk, FEATURES, Frontend, pattern};
 
 const MIB: u64 = 1 << 20;
 
@@ -153,20 +156,8 @@ fn statistics_say_what_happened() {
 
 #[test]
 fn host_errors_are_counted_by_class() {
-    let mut command = program();
-    // SAFETY: setrlimit is async-signal-safe and gets a valid limit.
-    unsafe {
-        command.pre_exec(|| {
-            let limit = libc::rlimit {
-                rlim_cur: 64 << 10,
-                rlim_max: 64 << 10,
-            };
-            match libc::setrlimit(libc::RLIMIT_FSIZE, &limit) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            }
-        })
-    };
+    let mut command = blkd();
+    limit_file_size(&mut command, 64 << 10);
     let managed = Managed::with(command, &[]);
     let mut front = managed.frontend();
     assert_ne!(front.write_sync(0, MIB, &pattern(1, 4096)), 0);
@@ -276,7 +267,7 @@ fn bad_clients_of_the_statistics_are_left_and_cost_nothing() {
 #[test]
 fn several_disks_in_one_daemon() {
     let disks: Vec<Disk> = (0..3).map(|_| Disk::new(MIB)).collect();
-    let mut command = program();
+    let mut command = blkd();
     for (index, disk) in disks.iter().enumerate() {
         let read_only = if index == 2 { "on" } else { "off" };
         let (socket, image) = (disk.socket.display(), disk.image.display());
@@ -337,7 +328,7 @@ fn bad_disks_get_a_sentence_and_leave_no_socket() {
         (&good, "is in use by another program"),
         (&format!("{good},no-lock=on"), "another program listens"),
     ] {
-        let output = program()
+        let output = blkd()
             .args(["--disk", &good, "--disk", second])
             .output()
             .unwrap();
@@ -391,7 +382,7 @@ fn sockets_from_a_service_manager() {
     }
     // Meant for another process: as if there were none.
     let image = first.image.display();
-    let mut command = program();
+    let mut command = blkd();
     command.env("LISTEN_FDS", "1").env("LISTEN_PID", "1");
     let output = command
         .args(["--disk", &format!("file={image}")])
@@ -414,7 +405,7 @@ fn a_service_manager_is_told() {
         (by_name, format!("@{name}")),
     ] {
         socket.set_read_timeout(Some(TIMEOUT)).unwrap();
-        let mut command = program();
+        let mut command = blkd();
         command.env("NOTIFY_SOCKET", &shown);
         let managed = Managed::with(command, &[]);
         let receive = || {
@@ -428,7 +419,7 @@ fn a_service_manager_is_told() {
         assert_eq!(managed.daemon.end().0, Some(0));
         assert_eq!(receive(), "STOPPING=1\n");
     }
-    let mut command = program();
+    let mut command = blkd();
     command.env("NOTIFY_SOCKET", "/nonexistent/notify");
     let managed = Managed::with(command, &[]);
     let (code, said) = managed.daemon.wait();
@@ -441,7 +432,7 @@ fn the_descriptor_file_names_what_the_program_says() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("share/50-pv-blkd.json");
     let text = std::fs::read_to_string(file).unwrap();
     let descriptor: serde_json::Value = serde_json::from_str(&text).unwrap();
-    let output = program().arg("--print-capabilities").output().unwrap();
+    let output = blkd().arg("--print-capabilities").output().unwrap();
     let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(descriptor["type"], said["type"]);
     assert!(descriptor["binary"].as_str().unwrap().starts_with('/'));
@@ -454,18 +445,7 @@ fn the_descriptor_file_names_what_the_program_says() {
 
 #[test]
 fn the_manual_names_every_option() {
-    let manual = Path::new(env!("CARGO_MANIFEST_DIR")).join("man/pv-blkd.1");
-    let manual = std::fs::read_to_string(manual).unwrap().replace("\\-", "-");
-    let help = String::from_utf8(program().arg("--help").output().unwrap().stdout).unwrap();
-    let words = |text: &str| -> std::collections::BTreeSet<String> {
-        text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
-            .filter(|w| w.starts_with("--") && w.len() > 2)
-            .map(str::to_owned)
-            .collect()
-    };
-    let (said, written) = (words(&help), words(&manual));
-    let missing: Vec<_> = said.difference(&written).collect();
-    assert!(missing.is_empty(), "not in the manual: {missing:?}");
+    manual_names_every_option(blkd(), "pv-blkd.1");
 }
 
 /// Sectors, as configuration space has them.
@@ -580,7 +560,7 @@ fn an_image_has_one_writer_or_many_readers() {
     let disk = Disk::new(MIB);
     let second = |more: &[&str]| {
         let other = disk.dir.path().join("other.sock");
-        let mut command = program();
+        let mut command = blkd();
         command.arg("--socket-path").arg(other);
         Daemon::start(command.arg("--blk-file").arg(&disk.image).args(more))
     };

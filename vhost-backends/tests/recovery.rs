@@ -7,25 +7,24 @@ mod support {
     pub(crate) mod raw;
 }
 
-use std::ffi::OsStr;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::time::Instant;
 use support::front::{BLOCK, DATA, Front, Op, TIMEOUT};
-use support::process::Process;
+use support::process::{Daemon, blkd};
 
 const DISK: u64 = 1 << 20;
 const ROUNDS: u64 = 3;
 
-fn start(dir: &Path, crash_at: Option<&str>) -> Process {
-    let variables: Vec<_> = crash_at.map(|at| ("PV_CRASH_AT", at)).into_iter().collect();
-    let image = dir.join("disk.img");
-    let arguments = [OsStr::new("--blk-file"), image.as_os_str()];
-    Process::start_with(&dir.join("blk.sock"), &arguments, &variables)
+fn start(dir: &Path, crash_at: Option<&str>) -> Daemon {
+    let mut command = blkd();
+    command.arg("--socket-path").arg(dir.join("blk.sock"));
+    command.arg("--blk-file").arg(dir.join("disk.img"));
+    Daemon::quiet(command.envs(crash_at.map(|at| ("PV_CRASH_AT", at))))
 }
 
-fn has_crashed(daemon: &mut Process) -> bool {
+fn has_crashed(daemon: &mut Daemon) -> bool {
     let Some(status) = daemon.ended() else {
         return false;
     };
@@ -33,8 +32,8 @@ fn has_crashed(daemon: &mut Process) -> bool {
     true
 }
 
-fn wait_for_crash(daemon: &mut Process) {
-    assert_eq!(daemon.end().signal(), Some(libc::SIGABRT));
+fn wait_for_crash(daemon: &mut Daemon) {
+    assert_eq!(daemon.wait_status().signal(), Some(libc::SIGABRT));
 }
 
 fn block(token: u16, round: u64) -> Vec<u8> {

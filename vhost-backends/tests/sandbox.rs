@@ -9,8 +9,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
-use support::daemon::{Daemon, program};
-use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
+use support::process::{Daemon, TIMEOUT, blkd};
+use support::{Disk, FEATURES, Frontend, pattern};
 
 const MIB: u64 = 1 << 20;
 /// Somebody without privileges.
@@ -56,7 +56,7 @@ fn assert_all_killed(output: &Output) {
 
 #[test]
 fn open_socket_and_execve_are_refused() {
-    let output = program().arg("--self-test").output().unwrap();
+    let output = blkd().arg("--self-test").output().unwrap();
     assert_all_killed(&output);
     let calls: Vec<String> = lines(&output).into_iter().map(|(call, _)| call).collect();
     for call in ["open", "socket", "execve", "fork", "ptrace"] {
@@ -79,7 +79,7 @@ fn they_are_refused_to_an_unprivileged_user_too() {
 #[test]
 fn without_a_filter_paths_and_privileges_are_still_gone() {
     let args = ["--self-test", "--seccomp", "none"];
-    let output = program().args(args).output().unwrap();
+    let output = blkd().args(args).output().unwrap();
     let outcomes = lines(&output);
     let of = |call: &str| {
         let found = outcomes.iter().find(|(c, _)| c == call);
@@ -163,13 +163,13 @@ fn serves_confined(mut command: Command, disk: &Disk, more: &[&str]) {
 #[test]
 fn page_cache_is_served_inside() {
     let disk = Disk::new(16 * MIB);
-    serves_confined(program(), &disk, &[]);
+    serves_confined(blkd(), &disk, &[]);
 }
 
 #[test]
 fn direct_is_served_inside() {
     let disk = Disk::new(16 * MIB);
-    serves_confined(program(), &disk, &["--direct"]);
+    serves_confined(blkd(), &disk, &["--direct"]);
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn without(command: &mut Command, calls: &[libc::c_long], errno: i32) {
 #[test]
 fn without_io_uring_plain_calls_serve_inside() {
     let disk = Disk::new(16 * MIB);
-    let mut command = program();
+    let mut command = blkd();
     without(&mut command, &[libc::SYS_io_uring_setup], libc::EPERM);
     serves_confined(command, &disk, &[]);
 }
@@ -213,7 +213,7 @@ fn without_io_uring_plain_calls_serve_inside() {
 #[test]
 fn a_container_without_landlock_and_namespaces_is_reported_and_served() {
     let disk = Disk::new(16 * MIB);
-    let mut command = program();
+    let mut command = blkd();
     let absent = [
         libc::SYS_landlock_create_ruleset,
         libc::SYS_landlock_restrict_self,
@@ -231,7 +231,7 @@ fn a_container_without_landlock_and_namespaces_is_reported_and_served() {
 #[test]
 fn strict_does_not_start_without_a_layer() {
     let disk = Disk::new(MIB);
-    let mut command = program();
+    let mut command = blkd();
     let absent = [libc::SYS_landlock_create_ruleset];
     without(&mut command, &absent, libc::ENOSYS);
     let daemon = Daemon::with(&mut command, &disk, &["--sandbox", "strict"]);
@@ -248,7 +248,7 @@ fn strict_does_not_start_without_a_layer() {
 fn none_is_none() {
     let disk = Disk::new(16 * MIB);
     let daemon = Daemon::with(
-        &mut program(),
+        &mut blkd(),
         &disk,
         &[
             "--num-queues",
@@ -270,7 +270,7 @@ fn none_is_none() {
 fn a_daemon_that_is_killed_at_once_leaves_a_stale_socket_and_no_process() {
     let disk = Disk::new(MIB);
     for _ in 0..20 {
-        let mut daemon = Daemon::with(&mut program(), &disk, &[]);
+        let mut daemon = Daemon::with(&mut blkd(), &disk, &[]);
         let deadline = Instant::now() + TIMEOUT;
         while std::os::unix::net::UnixStream::connect(&disk.socket).is_err() {
             assert!(

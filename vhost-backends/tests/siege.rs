@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use support::front::{BLOCK, DATA, Front, GUEST, LOG_ALL, MEMORY, Op, TIMEOUT, USER};
-use support::process::Process;
+use support::process::{Daemon, blkd};
 use support::raw::{Client, NEED_REPLY, VERSION, event, memory, pair, words};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -25,7 +25,8 @@ const DISK: u64 = 1 << 20;
 const GROWTH_KIB: u64 = 6 << 10;
 
 struct Besieged {
-    daemon: Process,
+    daemon: Daemon,
+    socket: PathBuf,
     /// Descriptors, shared mappings and threads between two connections.
     baseline: [usize; 3],
     resident: u64,
@@ -38,9 +39,11 @@ impl Besieged {
         let image = dir.path().join("disk.img");
         File::create(&image).unwrap().set_len(DISK).unwrap();
         let arguments = [PathBuf::from("--blk-file"), image, "--num-queues=2".into()];
-        let daemon = Process::start(&dir.path().join("blk.sock"), &arguments);
+        let socket = dir.path().join("blk.sock");
+        let daemon = Daemon::quiet(blkd().arg("--socket-path").arg(&socket).args(arguments));
         let mut besieged = Besieged {
             daemon,
+            socket,
             baseline: [0; 3],
             resident: 0,
             _dir: dir,
@@ -50,13 +53,13 @@ impl Besieged {
         besieged.serves_a_good_one();
         std::thread::sleep(Duration::from_millis(100));
         besieged.baseline = besieged.state();
-        besieged.resident = besieged.daemon.status("VmRSS:");
+        besieged.resident = besieged.daemon.number("VmRSS");
         besieged
     }
 
     fn state(&self) -> [usize; 3] {
         let daemon = &self.daemon;
-        let threads = daemon.status("Threads:") as usize;
+        let threads = daemon.number("Threads") as usize;
         [daemon.fds(), daemon.shared_mappings(), threads]
     }
 
@@ -80,14 +83,14 @@ impl Besieged {
     }
 
     fn has_not_grown(&self) {
-        let now = self.daemon.status("VmRSS:");
+        let now = self.daemon.number("VmRSS");
         let before = self.resident;
         assert!(now <= before + GROWTH_KIB, "{before} KiB, then {now} KiB");
     }
 
     fn front(&mut self, packed: bool) -> Front {
         let mut front = Front::new(64, packed, true);
-        front.take(self.daemon.connect());
+        front.take(self.daemon.connect(&self.socket));
         front
     }
 
@@ -293,7 +296,7 @@ fn a_thousand_connections_cut_off_under_io() {
 /// connection stays open. It is given up after some seconds, and the next one gets its turn.
 fn stalls(how: impl FnOnce(&mut UnixStream)) {
     let mut besieged = Besieged::new();
-    let mut stalled = besieged.daemon.connect();
+    let mut stalled = besieged.daemon.connect(&besieged.socket);
     let limit = Some(Duration::from_secs(2));
     stalled.set_write_timeout(limit).unwrap();
     how(&mut stalled);

@@ -13,11 +13,11 @@ mod support {
 
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use support::front::{BLOCK, DATA, Front, Op, TIMEOUT};
-use support::process::Process;
+use support::process::{Daemon, blkd};
 
 /// Few enough that most requests overlap another one.
 const SECTORS: u64 = 192;
@@ -282,15 +282,17 @@ fn number(variable: &str, default: u64) -> u64 {
 
 /// Rate-limited now and then, which keeps requests waiting. Always past the page cache or never:
 /// direct I/O that is still under way when its process is killed would meet the next one's cache.
-fn arguments(image: &Path, direct: bool, random: &mut Random) -> Vec<PathBuf> {
-    let mut all: Vec<PathBuf> = vec!["--blk-file".into(), image.into()];
+fn start(socket: &Path, image: &Path, direct: bool, random: &mut Random) -> Daemon {
+    let mut command = blkd();
+    command.arg("--socket-path").arg(socket);
+    command.arg("--blk-file").arg(image);
     if direct {
-        all.push("--direct".into());
+        command.arg("--direct");
     }
     if random.below(3) == 0 {
-        all.extend(["--iops".into(), "4000".into()]);
+        command.args(["--iops", "4000"]);
     }
-    all
+    Daemon::quiet(&mut command)
 }
 
 fn soak(packed: bool, indirect: bool, direct: bool) {
@@ -320,7 +322,7 @@ fn soak(packed: bool, indirect: bool, direct: bool) {
     };
     let (mut working, mut left) = (0, 0);
     for _ in 0..rounds {
-        let mut daemon = Process::start(&socket, &arguments(&image, direct, &mut soak.random));
+        let mut daemon = start(&socket, &image, direct, &mut soak.random);
         let life = Duration::from_millis(soak.random.below(LONGEST_LIFE_MILLIS));
         let gone = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -336,8 +338,8 @@ fn soak(packed: bool, indirect: bool, direct: bool) {
         left += soak.front.in_flight();
     }
     // One that lives gives everything back, and nothing twice.
-    let mut daemon = Process::start(&socket, &arguments(&image, direct, &mut soak.random));
-    soak.front.take(daemon.connect());
+    let mut daemon = start(&socket, &image, direct, &mut soak.random);
+    soak.front.take(daemon.connect(&socket));
     let base = soak.front.forgetful_base();
     soak.front.negotiate(true).unwrap();
     soak.front.start(base).unwrap();

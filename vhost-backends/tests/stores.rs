@@ -3,10 +3,10 @@
 mod support;
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use support::{FEATURES, Frontend, TIMEOUT, pattern, serve_store};
+use support::nbd::NbdServer;
+use support::{FEATURES, Frontend, pattern, serve_store};
 use vhost_backends::engine::{
     BlockingStore, FileOptions, MemoryStore, NbdAddress, NbdError, NbdStore, NullStore, Qcow2Disk,
     RawFile, Store, create_overlay,
@@ -119,8 +119,8 @@ fn base_file(dir: &Path) -> PathBuf {
     path
 }
 
-#[test]
-fn raw_files() {
+/// The workload on raw files, through the page cache and past it.
+fn raw_files_with(features: u64, seed: u64) {
     for direct in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         let path = base_file(dir.path());
@@ -129,9 +129,14 @@ fn raw_files() {
             direct,
         };
         let store = Arc::new(RawFile::open(&path, options).unwrap());
-        let model = workload(store, base_content(), 1);
+        let model = workload_on(features, store, base_content(), seed);
         assert!(std::fs::read(&path).unwrap() == model);
     }
+}
+
+#[test]
+fn raw_files() {
+    raw_files_with(FEATURES, 1);
 }
 
 /// The same on packed rings, with and without what makes them fast.
@@ -139,19 +144,8 @@ fn raw_files() {
 fn raw_files_on_packed_rings() {
     let packed = FEATURES | VirtioFeatureFlags::RING_PACKED.bits();
     let fast = VirtioFeatureFlags::RING_EVENT_IDX | VirtioFeatureFlags::RING_INDIRECT_DESC;
-    for (seed, features) in [(60, packed), (61, packed & !fast.bits())] {
-        for direct in [false, true] {
-            let dir = tempfile::tempdir().unwrap();
-            let path = base_file(dir.path());
-            let options = FileOptions {
-                read_only: false,
-                direct,
-            };
-            let store = Arc::new(RawFile::open(&path, options).unwrap());
-            let model = workload_on(features, store, base_content(), seed);
-            assert!(std::fs::read(&path).unwrap() == model);
-        }
-    }
+    raw_files_with(packed, 60);
+    raw_files_with(packed & !fast.bits(), 61);
 }
 
 #[test]
@@ -233,41 +227,6 @@ fn an_overlay_on_an_overlay_and_a_loop_of_them() {
     Qcow2Disk::open(&top, FileOptions::default()).unwrap_err();
 }
 
-/// A server, ended with the test.
-struct NbdServer(Child);
-
-impl NbdServer {
-    /// `None`, and said so, where the program is not installed.
-    fn start(program: &str, arguments: &[&str], socket: &Path) -> Option<NbdServer> {
-        let child = Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn();
-        let Ok(child) = child else {
-            println!("SKIPPED: no {program} to test against");
-            return None;
-        };
-        let mut server = NbdServer(child);
-        let deadline = Instant::now() + TIMEOUT;
-        while std::os::unix::net::UnixStream::connect(socket).is_err() {
-            let ended = server.0.try_wait().unwrap();
-            assert!(ended.is_none(), "{program} ended: {ended:?}");
-            assert!(Instant::now() < deadline, "{program} does not listen");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Some(server)
-    }
-}
-
-impl Drop for NbdServer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 fn nbd(socket: &Path, export: &str, queues: u16) -> Result<NbdStore, NbdError> {
     let address: NbdAddress = format!("unix:{}:{export}", socket.display()).parse()?;
     NbdStore::connect(address, queues, false)
@@ -284,7 +243,6 @@ fn nbd_of_three_servers() {
     {
         let base = base_file(dir.path());
         let image = base.to_str().unwrap();
-        let _ = std::fs::remove_file(&socket);
         let file = format!("driver=file,node-name=d,filename={image}");
         let listen = format!("addr.type=unix,addr.path={at}");
         let (arguments, export): (Vec<&str>, &str) = match program {

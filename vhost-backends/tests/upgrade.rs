@@ -17,9 +17,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use support::daemon::{Daemon, connect, http, program, stats};
 use support::load::Verified;
-use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
+use support::process::{Daemon, TIMEOUT, blkd, connect, http, stats};
+use support::{Disk, FEATURES, Frontend, pattern};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const MIB: u64 = 1 << 20;
@@ -50,7 +50,7 @@ impl Site {
     }
 
     fn command(&self, more: &[&str]) -> Command {
-        let mut command = program();
+        let mut command = blkd();
         command.arg("--stats-socket").arg(&self.stats);
         command.arg("--control-socket").arg(&self.control);
         command.arg("--socket-path").arg(&self.disk.socket);
@@ -274,7 +274,7 @@ fn several_disks_and_one_that_nobody_uses() {
     let disks = [Disk::new(MIB), Disk::new(MIB), Disk::new(MIB)];
     let control = disks[0].dir.path().join("ctl");
     let command = |take_over: bool| {
-        let mut command = program();
+        let mut command = blkd();
         for disk in &disks {
             let (socket, image) = (disk.socket.display(), disk.image.display());
             command
@@ -433,7 +433,7 @@ fn upgrades_that_fail_leave_the_old_daemon_serving() {
         assert!(said.contains(why), "{more:?}: {said}");
         load.round(&mut front);
     }
-    let mut command = program();
+    let mut command = blkd();
     command
         .arg("--stats-socket")
         .arg(&site.stats)
@@ -448,15 +448,7 @@ fn upgrades_that_fail_leave_the_old_daemon_serving() {
     assert_eq!(code, Some(1));
     assert!(said.contains("serves something else"), "{said}");
     load.round(&mut front);
-    let deadline = Instant::now() + TIMEOUT;
-    while daemon.fds() != fds {
-        assert!(
-            Instant::now() < deadline,
-            "{} descriptors, {fds} before",
-            daemon.fds()
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    daemon.wait_for_fds(fds);
     assert!(
         site.disk.socket.exists() && site.control.exists(),
         "nobody removed them"
@@ -483,7 +475,7 @@ fn upgrades_that_fail_leave_the_old_daemon_serving() {
 #[test]
 fn disks_that_live_in_their_process_are_not_handed_over() {
     let site = Site::new();
-    let mut command = program();
+    let mut command = blkd();
     command.arg("--socket-path").arg(&site.disk.socket);
     command.arg("--control-socket").arg(&site.control);
     let daemon = Daemon::start(command.args(["--memory", "1M"]));

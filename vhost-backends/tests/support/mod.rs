@@ -4,7 +4,10 @@
 
 pub(crate) mod daemon;
 pub(crate) mod load;
+pub(crate) mod nbd;
+pub(crate) mod process;
 
+use process::TIMEOUT;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
@@ -19,8 +22,6 @@ use virtio_driver::{
 };
 use vm_memory::FileOffset;
 use vm_memory::mmap::MmapRegion;
-
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 
 pub(crate) struct Disk {
     pub(crate) dir: tempfile::TempDir,
