@@ -271,9 +271,7 @@ fn median(values: &[f64]) -> f64 {
 }
 
 fn beside_this(name: &str) -> Result<PathBuf, Box<dyn Error>> {
-    let this = std::env::current_exe()?;
-    let dir = this.parent().and_then(Path::parent).ok_or("odd path")?;
-    Ok(dir.join(name))
+    Ok(std::env::current_exe()?.with_file_name(name))
 }
 
 /// The file has all its blocks, on the disk.
