@@ -120,10 +120,13 @@ fn every_page_that_is_written_is_marked() {
         served.front.set_features().unwrap();
         served.front.ring_log = Some(GUEST + USED);
         assert!(served.front.set_addr().unwrap());
-        let before = served.front.bytes(0, MEMORY as usize);
-        served.front.fill(DATA + 3 * BLOCK, &[0; BLOCK as usize]);
+        let before = served.front.memory.bytes(0, MEMORY as usize);
+        served
+            .front
+            .memory
+            .fill(DATA + 3 * BLOCK, &[0; BLOCK as usize]);
         served.run(Op::Read, 2..5);
-        let after = served.front.bytes(0, MEMORY as usize);
+        let after = served.front.memory.bytes(0, MEMORY as usize);
         let found = marked(&log, PAGE);
         let written_by_us = |p: u64| [page(DESC), page(0x4000), page(0x1_0000)].contains(&p);
         for at in (0..MEMORY).step_by(PAGE as usize) {

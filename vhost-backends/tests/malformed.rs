@@ -148,7 +148,9 @@ fn ask(stream: std::os::unix::net::UnixStream) -> Option<usize> {
     ];
     for op in [Op::Read, Op::Write, Op::Zeroes, Op::Read, Op::Flush] {
         for (token, place) in (0..).zip(places) {
-            front.fill(DATA + 4096 * u64::from(token), &[9; 4096]);
+            front
+                .memory
+                .fill(DATA + 4096 * u64::from(token), &[9; 4096]);
             front.submit(token, op, place as u64);
         }
         front.notify();

@@ -308,7 +308,7 @@ fn headers_and_frames_split_anywhere() {
             // Both the sent chain and the receive chain are cut there, and again further on.
             let bytes = [&PLAIN[..], &sent].concat();
             let at = front.place(bytes.len());
-            front.fill(at, &bytes);
+            front.memory.fill(at, &bytes);
             let second = (bytes.len() - cut).min(9);
             let piece = |from: usize, to: usize, writable| Buffer {
                 at: at + from as u64,
@@ -421,7 +421,7 @@ fn control_commands() {
         );
         // Nowhere to answer: given back all the same.
         let at = front.place(2);
-        front.fill(at, &[0, 0]);
+        front.memory.fill(at, &[0, 0]);
         front
             .offer(
                 2,

@@ -466,8 +466,8 @@ fn status_of(front: &mut Front, op: Op, sector: u64) -> u8 {
         assert!(Instant::now() < deadline, "no completion");
         std::thread::yield_now();
     }
-    let status = front.get::<u8>(STATUS);
-    front.put(STATUS, 0u8);
+    let status = front.memory.get::<u8>(STATUS);
+    front.memory.put(STATUS, 0u8);
     assert_eq!(front.reap(), [0]);
     status
 }
@@ -517,7 +517,7 @@ fn a_disk_grows_while_it_is_served_and_does_not_shrink() {
             "{said}"
         );
     });
-    front.fill(DATA, &pattern(9, 4096));
+    front.memory.fill(DATA, &pattern(9, 4096));
     assert_eq!(status_of(&mut front, Op::Write, 16384 - 8), 0);
     assert_eq!(
         status_of(&mut front, Op::Write, 16384 - 7),

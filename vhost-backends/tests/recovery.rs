@@ -77,8 +77,8 @@ fn run(case: Case, crashes: &[String]) -> usize {
         for token in 0..case.depth {
             let data = DATA + BLOCK * u64::from(token);
             match case.op {
-                Op::Write => front.fill(data, &block(token, round)),
-                _ => front.fill(data, &[0xee; BLOCK as usize]),
+                Op::Write => front.memory.fill(data, &block(token, round)),
+                _ => front.memory.fill(data, &[0xee; BLOCK as usize]),
             }
             front.submit(token, case.op, u64::from(token) * BLOCK / 512);
         }
@@ -149,7 +149,7 @@ fn check(front: &Front, disk: &std::fs::File, case: Case, token: u16, round: u64
     let mut stored = vec![0; BLOCK as usize];
     match case.op {
         Op::Read => {
-            let read = front.bytes(DATA + at, BLOCK as usize);
+            let read = front.memory.bytes(DATA + at, BLOCK as usize);
             assert!(
                 read == block(token, 0),
                 "{case:?}: token {token} was read wrong"

@@ -99,12 +99,12 @@ impl Besieged {
         front.negotiate(true).unwrap();
         front.start(0).unwrap();
         let data: Vec<u8> = (0..BLOCK).map(|i| (i * 7) as u8).collect();
-        front.fill(DATA, &data);
+        front.memory.fill(DATA, &data);
         front.submit(0, Op::Write, 8);
         finish(&mut front);
         front.submit(1, Op::Read, 8);
         finish(&mut front);
-        assert!(front.bytes(DATA + BLOCK, BLOCK as usize) == data);
+        assert!(front.memory.bytes(DATA + BLOCK, BLOCK as usize) == data);
         assert_eq!(front.stop(), Some(2));
     }
 }

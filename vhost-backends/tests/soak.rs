@@ -223,7 +223,7 @@ impl Soak {
                 .collect(),
             _ => vec![0xee; BLOCK as usize],
         };
-        self.front.fill(at, &data);
+        self.front.memory.fill(at, &data);
         self.front.submit_sectors(token, op, sector, sectors as u32);
     }
 
@@ -232,7 +232,7 @@ impl Soak {
             let done = self.model.end(token);
             if done.op == Op::Read {
                 let at = DATA + BLOCK * u64::from(token);
-                let data = self.front.bytes(at, 512 * done.sectors as usize);
+                let data = self.front.memory.bytes(at, 512 * done.sectors as usize);
                 for ((found, allowed), s) in data.chunks(512).zip(&done.allowed).zip(done.sector..)
                 {
                     assert_allowed(found, s, allowed, "read");

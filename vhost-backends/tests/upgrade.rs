@@ -194,23 +194,25 @@ fn a_session_goes_over_with_all_that_it_has() {
         assert_eq!(front.set(25, &write, &[]), Some(true));
         front.start(front.base).unwrap();
         let io = |front: &mut Front, seed: u64| {
-            front.fill(DATA, &pattern(seed, BLOCK as usize));
+            front.memory.fill(DATA, &pattern(seed, BLOCK as usize));
             front.submit(0, Op::Write, seed * 8);
             front.notify();
             wait_for(front, 1);
-            front.fill(DATA + BLOCK, &[0xee; BLOCK as usize]);
+            front.memory.fill(DATA + BLOCK, &[0xee; BLOCK as usize]);
             front.submit(1, Op::Read, seed * 8);
             front.submit(2, Op::Flush, 0);
             front.notify();
             wait_for(front, 2);
-            let read = front.bytes(DATA + BLOCK, BLOCK as usize);
+            let read = front.memory.bytes(DATA + BLOCK, BLOCK as usize);
             assert!(read == pattern(seed, BLOCK as usize));
         };
         io(&mut front, 1);
         for round in 2..6 {
             // Submitted while nobody may be looking, and found by whoever comes.
             let next = site.take_over(&[]);
-            front.fill(DATA + 3 * BLOCK, &pattern(round, BLOCK as usize));
+            front
+                .memory
+                .fill(DATA + 3 * BLOCK, &pattern(round, BLOCK as usize));
             front.submit(3, Op::Write, 800 + round * 8);
             front.notify();
             assert_eq!(serving.wait().0, Some(0));

@@ -2,7 +2,7 @@
 //! direct and indirect chains; completions are checked as they come.
 #![allow(dead_code)]
 
-use super::raw::{NEED_REPLY, VERSION, memory, pair, words};
+use super::raw::{NEED_REPLY, Shared, VERSION, message, pair, words};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
@@ -10,8 +10,6 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
-use vm_memory::mmap::MmapRegion;
-use vm_memory::{AtomicAccess, Bytes, FileOffset, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -69,8 +67,7 @@ pub(crate) struct KeptLog {
 }
 
 pub(crate) struct Front {
-    pub(crate) file: File,
-    pub(crate) map: MmapRegion,
+    pub(crate) memory: Shared,
     pub(crate) size: u16,
     pub(crate) packed: bool,
     pub(crate) indirect: bool,
@@ -96,14 +93,8 @@ pub(crate) struct Front {
 
 impl Front {
     pub(crate) fn new(size: u16, packed: bool, indirect: bool) -> Front {
-        let file = memory(MEMORY);
-        let map = MmapRegion::from_file(
-            FileOffset::new(file.try_clone().unwrap(), 0),
-            MEMORY as usize,
-        );
         Front {
-            file,
-            map: map.unwrap(),
+            memory: Shared::new(MEMORY),
             size,
             packed,
             indirect,
@@ -122,28 +113,6 @@ impl Front {
             base: if packed { 0x8000_8000 } else { 0 },
             ring_log: None,
         }
-    }
-
-    pub(crate) fn put<T: AtomicAccess>(&self, at: u64, value: T) {
-        let slice = self.map.get_slice(0, MEMORY as usize).unwrap();
-        slice.store(value, at as usize, Ordering::Release).unwrap();
-    }
-
-    pub(crate) fn get<T: AtomicAccess>(&self, at: u64) -> T {
-        let slice = self.map.get_slice(0, MEMORY as usize).unwrap();
-        slice.load(at as usize, Ordering::Acquire).unwrap()
-    }
-
-    pub(crate) fn fill(&self, at: u64, data: &[u8]) {
-        let slice = self.map.get_slice(0, MEMORY as usize).unwrap();
-        slice.write_slice(data, at as usize).unwrap();
-    }
-
-    pub(crate) fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
-        let mut out = vec![0; len];
-        let slice = self.map.get_slice(0, MEMORY as usize).unwrap();
-        slice.read_slice(&mut out, at as usize).unwrap();
-        out
     }
 
     // ---- messages
@@ -167,11 +136,7 @@ impl Front {
     }
 
     pub(crate) fn send(&self, request: u32, flags: u32, payload: &[u8], fds: &[i32]) -> bool {
-        let mut bytes = Vec::new();
-        for word in [request, flags, payload.len() as u32] {
-            bytes.extend(word.to_ne_bytes());
-        }
-        bytes.extend(payload);
+        let bytes = message(request, flags, payload);
         let stream = self.stream.as_ref().unwrap();
         stream.send_with_fds(&[&bytes[..]], fds).is_ok()
     }
@@ -259,7 +224,7 @@ impl Front {
     pub(crate) fn set_memory(&self) -> Option<()> {
         let mut table = pair(1, 0);
         table.extend(words(&[GUEST, MEMORY, USER, 0]));
-        assert!(self.set(5, &table, &[self.file.as_raw_fd()])?);
+        assert!(self.set(5, &table, &[self.memory.file.as_raw_fd()])?);
         Some(())
     }
 
@@ -297,18 +262,18 @@ impl Front {
             true
         ));
         let t = u64::from(token);
-        self.put(HEADERS + 16 * t, op.number());
-        self.put(HEADERS + 16 * t + 8, sector);
-        self.put(STATUS + t, 0xffu8);
+        self.memory.put(HEADERS + 16 * t, op.number());
+        self.memory.put(HEADERS + 16 * t + 8, sector);
+        self.memory.put(STATUS + t, 0xffu8);
         let at = DATA + BLOCK * t;
         let data = match op {
             Op::Read => vec![(at, 512 * sectors, WRITE)],
             Op::Write => vec![(at, 512 * sectors, 0)],
             Op::Flush => vec![],
             Op::Zeroes => {
-                self.put(at, sector);
-                self.put(at + 8, sectors);
-                self.put(at + 12, UNMAP);
+                self.memory.put(at, sector);
+                self.memory.put(at + 8, sectors);
+                self.memory.put(at + 12, UNMAP);
                 vec![(at, 16, 0)]
             }
         };
@@ -325,10 +290,10 @@ impl Front {
     }
 
     fn desc(&self, at: u64, (addr, len): (u64, u32), low: u16, high: u16) {
-        self.put(at, GUEST + addr);
-        self.put(at + 8, len);
-        self.put(at + 12, low);
-        self.put(at + 14, high);
+        self.memory.put(at, GUEST + addr);
+        self.memory.put(at + 8, len);
+        self.memory.put(at + 12, low);
+        self.memory.put(at + 14, high);
     }
 
     fn submit_split(&mut self, token: u16, chain: &[(u64, u32, u16)]) {
@@ -353,9 +318,10 @@ impl Front {
         } else {
             first
         };
-        self.put(AVAIL + 4 + 2 * u64::from(self.avail % self.size), head);
+        self.memory
+            .put(AVAIL + 4 + 2 * u64::from(self.avail % self.size), head);
         self.avail = self.avail.wrapping_add(1);
-        self.put(AVAIL + 2, self.avail);
+        self.memory.put(AVAIL + 2, self.avail);
     }
 
     fn submit_packed(&mut self, token: u16, chain: &[(u64, u32, u16)]) {
@@ -375,13 +341,13 @@ impl Front {
             let more = if i + 1 < in_ring.len() { NEXT } else { 0 };
             let wrap = if self.avail_wrap { 1 << 7 } else { 1 << 15 };
             let flags = flags | more | wrap;
-            self.put(at, GUEST + addr);
-            self.put(at + 8, *len);
-            self.put(at + 12, token);
+            self.memory.put(at, GUEST + addr);
+            self.memory.put(at + 8, *len);
+            self.memory.put(at + 12, token);
             if first.is_none() {
                 first = Some((at, flags));
             } else {
-                self.put(at + 14, flags);
+                self.memory.put(at + 14, flags);
             }
             self.avail += 1;
             if self.avail == self.size {
@@ -389,7 +355,7 @@ impl Front {
             }
         }
         let (at, flags) = first.unwrap();
-        self.put(at + 14, flags);
+        self.memory.put(at + 14, flags);
     }
 
     /// Offers what no driver would: a head past the table, or a buffer past the memory.
@@ -397,9 +363,10 @@ impl Front {
         if self.packed {
             self.submit_packed(0, &[(MEMORY, 16, 0)]);
         } else {
-            self.put(AVAIL + 4 + 2 * u64::from(self.avail % self.size), u16::MAX);
+            self.memory
+                .put(AVAIL + 4 + 2 * u64::from(self.avail % self.size), u16::MAX);
             self.avail = self.avail.wrapping_add(1);
-            self.put(AVAIL + 2, self.avail);
+            self.memory.put(AVAIL + 2, self.avail);
         }
     }
 
@@ -412,7 +379,7 @@ impl Front {
     pub(crate) fn wants_kick(&self, before: u16) -> bool {
         fence(Ordering::SeqCst);
         assert!(!self.packed, "only split rings are asked here");
-        let event = self.get::<u16>(USED + 4 + 8 * u64::from(self.size));
+        let event = self.memory.get::<u16>(USED + 4 + 8 * u64::from(self.size));
         self.avail.wrapping_sub(event).wrapping_sub(1) < self.avail.wrapping_sub(before)
     }
 
@@ -423,15 +390,16 @@ impl Front {
     /// Asks to be called at the next completion.
     pub(crate) fn want_call(&self) {
         if self.packed {
-            self.put(AVAIL + 2, 0u16);
+            self.memory.put(AVAIL + 2, 0u16);
         } else {
-            self.put(AVAIL + 4 + 2 * u64::from(self.size), self.used);
+            self.memory
+                .put(AVAIL + 4 + 2 * u64::from(self.size), self.used);
         }
     }
 
     /// The used index as the device published it (split).
     pub(crate) fn published(&self) -> u16 {
-        self.get(USED + 2)
+        self.memory.get(USED + 2)
     }
 
     /// The tokens that were given back since the last look. Each was outstanding, its status is
@@ -441,14 +409,14 @@ impl Front {
         loop {
             let token = if self.packed {
                 let at = DESC + 16 * u64::from(self.used);
-                let flags = self.get::<u16>(at + 14);
+                let flags = self.memory.get::<u16>(at + 14);
                 let (avail, used) = (flags & 1 << 7 != 0, flags & 1 << 15 != 0);
                 if avail != self.used_wrap || used != self.used_wrap {
                     break;
                 }
-                let token = self.get::<u16>(at + 12);
+                let token = self.memory.get::<u16>(at + 12);
                 // All have three descriptors, but flushes two.
-                let flush = self.get::<u32>(HEADERS + 16 * u64::from(token)) == FLUSH;
+                let flush = self.memory.get::<u32>(HEADERS + 16 * u64::from(token)) == FLUSH;
                 let count = match (self.indirect, flush) {
                     (true, _) => 1,
                     (false, true) => 2,
@@ -467,7 +435,7 @@ impl Front {
                     break;
                 }
                 let at = USED + 4 + 8 * u64::from(self.used % self.size);
-                let head = self.get::<u32>(at) as u16;
+                let head = self.memory.get::<u32>(at) as u16;
                 self.used = self.used.wrapping_add(1);
                 if self.indirect { head } else { head / 3 }
             };
@@ -476,8 +444,8 @@ impl Front {
                 std::mem::replace(slot, false),
                 "{token} was given back twice"
             );
-            let status = self.get::<u8>(STATUS + u64::from(token));
-            let kind = self.get::<u32>(HEADERS + 16 * u64::from(token));
+            let status = self.memory.get::<u8>(STATUS + u64::from(token));
+            let kind = self.memory.get::<u32>(HEADERS + 16 * u64::from(token));
             self.failures += usize::from(status != 0);
             let fine = status == 0 || self.may_fail && status == IO_ERROR;
             assert!(fine, "status {status} of {token}, of type {kind}");

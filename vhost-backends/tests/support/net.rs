@@ -1,17 +1,13 @@
 //! A network frontend with rings of its own: split and packed, chains as the test wants them.
 #![allow(dead_code)]
 
-use super::raw::{Client, NEED_REPLY, PACKED, PROTOCOL, VERSION, memory, pair, words};
+use super::raw::{Client, PACKED, PROTOCOL, Shared, event, pair, words};
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 use vhost_backends::session::Device;
-use vm_memory::mmap::MmapRegion;
-use vm_memory::{AtomicAccess, Bytes, FileOffset, VolatileMemory};
-use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(20);
 const GUEST: u64 = 0x4000_0000;
@@ -56,14 +52,13 @@ struct Queue {
     used_wrap: bool,
     /// By id: the chain, while the device has it.
     chains: Vec<Option<Vec<Buffer>>>,
-    kick: EventFd,
-    call: EventFd,
+    kick: File,
+    call: File,
 }
 
 /// A driver of one network device.
 pub(crate) struct NetFront {
-    file: File,
-    map: MmapRegion,
+    pub(crate) memory: Shared,
     pub(crate) client: Client,
     packed: bool,
     pub(crate) features: u64,
@@ -80,12 +75,8 @@ impl NetFront {
     }
 
     pub(crate) fn on(client: Client, features: u64, queues: u16) -> NetFront {
-        let file = memory(MEMORY);
-        let map = FileOffset::new(file.try_clone().unwrap(), 0);
-        let map = MmapRegion::from_file(map, MEMORY as usize).unwrap();
         let mut front = NetFront {
-            file,
-            map,
+            memory: Shared::new(MEMORY),
             client,
             packed: features & PACKED != 0,
             features,
@@ -102,8 +93,7 @@ impl NetFront {
         assert!(client.set(2, &(features | PROTOCOL).to_ne_bytes(), &[]));
         let mut table = pair(1, 0);
         table.extend(words(&[GUEST, MEMORY, USER, 0]));
-        let file = front.file.try_clone().unwrap();
-        assert!(front.client.set(5, &table, &[&file]));
+        assert!(front.client.set(5, &table, &[&front.memory.file]));
         for index in 0..queues {
             front.open(index);
         }
@@ -124,10 +114,9 @@ impl NetFront {
         let mut addr = pair(i, 0);
         addr.extend(words(&[at, at + USED, at + AVAIL, 0]));
         assert!(client.set(9, &addr, &[]));
-        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let (kick, call) = (event(), event());
-        assert!(set_fd(client, 13, &words(&[i.into()]), call.as_raw_fd()));
-        assert!(set_fd(client, 12, &words(&[i.into()]), kick.as_raw_fd()));
+        assert!(client.set(13, &words(&[i.into()]), &[&call]));
+        assert!(client.set(12, &words(&[i.into()]), &[&kick]));
         if !client.set(18, &pair(i, 1), &[]) {
             return false;
         }
@@ -146,28 +135,6 @@ impl NetFront {
 
     // ---- memory
 
-    fn put<T: AtomicAccess>(&self, at: u64, value: T) {
-        let slice = self.map.get_slice(0, MEMORY as usize).unwrap();
-        slice.store(value, at as usize, Ordering::Release).unwrap();
-    }
-
-    fn get<T: AtomicAccess>(&self, at: u64) -> T {
-        let slice = self.map.get_slice(0, MEMORY as usize).unwrap();
-        slice.load(at as usize, Ordering::Acquire).unwrap()
-    }
-
-    pub(crate) fn fill(&self, at: u64, data: &[u8]) {
-        let slice = self.map.get_slice(0, MEMORY as usize).unwrap();
-        slice.write_slice(data, at as usize).unwrap();
-    }
-
-    pub(crate) fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
-        let mut out = vec![0; len];
-        let slice = self.map.get_slice(0, MEMORY as usize).unwrap();
-        slice.read_slice(&mut out, at as usize).unwrap();
-        out
-    }
-
     /// A place for so many bytes; the oldest ones are used again at the end of memory.
     pub(crate) fn place(&mut self, len: usize) -> u64 {
         let len = (len as u64).next_multiple_of(64);
@@ -182,10 +149,10 @@ impl NetFront {
     // ---- rings
 
     fn desc(&self, at: u64, (addr, len): (u64, u32), low: u16, high: u16) {
-        self.put(at, GUEST + addr);
-        self.put(at + 8, len);
-        self.put(at + 12, low);
-        self.put(at + 14, high);
+        self.memory.put(at, GUEST + addr);
+        self.memory.put(at + 8, len);
+        self.memory.put(at + 12, low);
+        self.memory.put(at + 14, high);
     }
 
     /// Makes a chain available; its id. `None`: as many are in flight as there can be.
@@ -202,12 +169,12 @@ impl NetFront {
             if self.packed {
                 let at = base + 16 * u64::from(avail);
                 let flags = flags | if wrap { 1 << 7 } else { 1 << 15 };
-                self.put(at, GUEST + buffer.at);
-                self.put(at + 8, buffer.len);
-                self.put(at + 12, id);
+                self.memory.put(at, GUEST + buffer.at);
+                self.memory.put(at + 8, buffer.len);
+                self.memory.put(at + 12, id);
                 match first {
                     None => first = Some((at + 14, flags)),
-                    Some(_) => self.put(at + 14, flags),
+                    Some(_) => self.memory.put(at + 14, flags),
                 }
                 avail += 1;
                 if avail == SIZE {
@@ -220,12 +187,12 @@ impl NetFront {
             }
         }
         if let Some((at, flags)) = first {
-            self.put(at, flags);
+            self.memory.put(at, flags);
         } else {
             let slot = base + AVAIL + 4 + 2 * u64::from(avail % SIZE);
-            self.put(slot, id * PER);
+            self.memory.put(slot, id * PER);
             avail = avail.wrapping_add(1);
-            self.put(base + AVAIL + 2, avail);
+            self.memory.put(base + AVAIL + 2, avail);
         }
         let q = &mut self.queues[queue];
         (q.avail, q.avail_wrap) = (avail, wrap);
@@ -235,7 +202,8 @@ impl NetFront {
 
     pub(crate) fn kick(&self, queue: usize) {
         fence(Ordering::SeqCst);
-        self.queues[queue].kick.write(1).unwrap();
+        let mut kick = &self.queues[queue].kick;
+        kick.write_all(&1u64.to_ne_bytes()).unwrap();
     }
 
     /// A chain that the device is done with, and how many bytes it wrote.
@@ -244,18 +212,24 @@ impl NetFront {
         let base = RINGS * u64::from(q.index);
         let (id, len) = if self.packed {
             let at = base + 16 * u64::from(q.used);
-            let flags = self.get::<u16>(at + 14);
+            let flags = self.memory.get::<u16>(at + 14);
             let (avail, used) = (flags & 1 << 7 != 0, flags & 1 << 15 != 0);
             if avail != q.used_wrap || used != q.used_wrap {
                 return None;
             }
-            (self.get::<u16>(at + 12), self.get::<u32>(at + 8))
+            (
+                self.memory.get::<u16>(at + 12),
+                self.memory.get::<u32>(at + 8),
+            )
         } else {
-            if self.get::<u16>(base + USED + 2) == q.used {
+            if self.memory.get::<u16>(base + USED + 2) == q.used {
                 return None;
             }
             let at = base + USED + 4 + 8 * u64::from(q.used % SIZE);
-            (self.get::<u32>(at) as u16 / PER, self.get::<u32>(at + 4))
+            (
+                self.memory.get::<u32>(at) as u16 / PER,
+                self.memory.get::<u32>(at + 4),
+            )
         };
         let q = &mut self.queues[queue];
         let chain = q.chains[usize::from(id)].take().expect("in flight");
@@ -290,7 +264,8 @@ impl NetFront {
     }
 
     pub(crate) fn called(&self, queue: usize) -> bool {
-        self.queues[queue].call.read().is_ok()
+        let mut call = &self.queues[queue].call;
+        call.read_exact(&mut [0; 8]).is_ok()
     }
 
     // ---- frames
@@ -314,7 +289,7 @@ impl NetFront {
     pub(crate) fn send(&mut self, queue: usize, header: &[u8], frame: &[u8]) {
         let bytes = [header, frame].concat();
         let at = self.place(bytes.len().max(1));
-        self.fill(at, &bytes);
+        self.memory.fill(at, &bytes);
         let buffer = Buffer {
             at,
             len: bytes.len() as u32,
@@ -359,7 +334,7 @@ impl NetFront {
         let mut bytes = Vec::new();
         for buffer in chain {
             let take = (len as usize - bytes.len()).min(buffer.len as usize);
-            bytes.extend(self.bytes(buffer.at, take));
+            bytes.extend(self.memory.bytes(buffer.at, take));
         }
         assert_eq!(bytes.len(), len as usize, "more used than there is");
         bytes
@@ -370,7 +345,7 @@ impl NetFront {
         let mut chain = Vec::new();
         for part in parts {
             let at = self.place(part.len().max(1));
-            self.fill(at, part);
+            self.memory.fill(at, part);
             chain.push(Buffer {
                 at,
                 len: part.len() as u32,
@@ -378,7 +353,7 @@ impl NetFront {
             });
         }
         let at = self.place(1);
-        self.fill(at, &[0x77]);
+        self.memory.fill(at, &[0x77]);
         chain.push(Buffer {
             at,
             len: 1,
@@ -387,19 +362,6 @@ impl NetFront {
         self.offer(queue, &chain).unwrap();
         self.kick(queue);
         assert_eq!(self.wait_used(queue).1, 1);
-        self.bytes(at, 1)[0]
+        self.memory.bytes(at, 1)[0]
     }
-}
-
-/// Sends a set with a descriptor; whether it was carried out.
-fn set_fd(client: &mut Client, request: u32, payload: &[u8], fd: RawFd) -> bool {
-    let mut bytes = Vec::new();
-    for word in [request, VERSION | NEED_REPLY, payload.len() as u32] {
-        bytes.extend(word.to_ne_bytes());
-    }
-    bytes.extend(payload);
-    client.stream.send_with_fds(&[&bytes[..]], &[fd]).unwrap();
-    let (number, _, payload) = client.receive().unwrap();
-    assert_eq!(number, request);
-    u64::from_ne_bytes(payload.try_into().unwrap()) == 0
 }

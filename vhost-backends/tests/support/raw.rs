@@ -14,6 +14,8 @@ use vhost_backends::ring::{DeviceRing, Retire, RingState};
 use vhost_backends::session::{
     Device, FrontendLink, QueueSetup, QueueStop, QueueWorker, Server, SessionEnd,
 };
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{AtomicAccess, Bytes, FileOffset, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -129,12 +131,8 @@ impl Client {
     }
 
     pub(crate) fn send(&self, request: u32, flags: u32, payload: &[u8], fds: &[&File]) {
-        let mut bytes = Vec::new();
-        for word in [request, flags, payload.len() as u32] {
-            bytes.extend(word.to_ne_bytes());
-        }
-        bytes.extend(payload);
         let raw: Vec<_> = fds.iter().map(|f| f.as_raw_fd()).collect();
+        let bytes = message(request, flags, payload);
         self.stream.send_with_fds(&[&bytes[..]], &raw).unwrap();
     }
 
@@ -194,6 +192,12 @@ impl Client {
     }
 }
 
+/// A message, as it stands on the wire.
+pub(crate) fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let head = [request, flags, payload.len() as u32].map(u32::to_ne_bytes);
+    [head.as_flattened(), payload].concat()
+}
+
 pub(crate) fn words(values: &[u64]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_ne_bytes()).collect()
 }
@@ -216,6 +220,43 @@ pub(crate) fn memory(bytes: u64) -> File {
     let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
     assert_eq!(done, 0, "sealed");
     file
+}
+
+/// Memory that a frontend shares with its backend, at offsets into its file.
+pub(crate) struct Shared {
+    pub(crate) file: File,
+    map: MmapRegion,
+}
+
+impl Shared {
+    pub(crate) fn new(bytes: u64) -> Shared {
+        let file = memory(bytes);
+        let all = FileOffset::new(file.try_clone().unwrap(), 0);
+        let map = MmapRegion::from_file(all, bytes as usize).unwrap();
+        Shared { file, map }
+    }
+
+    pub(crate) fn put<T: AtomicAccess>(&self, at: u64, value: T) {
+        let slice = self.map.as_volatile_slice();
+        slice.store(value, at as usize, Ordering::Release).unwrap();
+    }
+
+    pub(crate) fn get<T: AtomicAccess>(&self, at: u64) -> T {
+        let slice = self.map.as_volatile_slice();
+        slice.load(at as usize, Ordering::Acquire).unwrap()
+    }
+
+    pub(crate) fn fill(&self, at: u64, data: &[u8]) {
+        let slice = self.map.as_volatile_slice();
+        slice.write_slice(data, at as usize).unwrap();
+    }
+
+    pub(crate) fn bytes(&self, at: u64, len: usize) -> Vec<u8> {
+        let mut out = vec![0; len];
+        let slice = self.map.as_volatile_slice();
+        slice.read_slice(&mut out, at as usize).unwrap();
+        out
+    }
 }
 
 /// Something to kick and call with.
