@@ -23,7 +23,8 @@ use support::{Disk, FEATURES, Frontend, pattern};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const MIB: u64 = 1 << 20;
-/// Frames of the protocol between two daemons.
+/// Frames of the protocol between two daemons, written out again on purpose: a daemon of another
+/// version speaks them too, so a number that changes over there has to fail here.
 const MEMBER: u32 = 0x5056_0001;
 const LISTENER: u32 = 0x5056_0002;
 const CONNECTION: u32 = 0x5056_0003;

@@ -1,0 +1,122 @@
+//! What a session says about the device beside its queues.
+
+use super::support::net::{CTRL, NetFront};
+use super::support::raw;
+use super::{BASE, MAC, PLAIN, device, frame};
+use std::sync::Arc;
+use vhost_backends::net::port::Loopback;
+use vhost_backends::net::{Drop, NetDevice, NetOptions};
+
+#[test]
+fn the_link_goes_down_and_up() {
+    let device = device(Loopback::default());
+    let mut front = NetFront::start(device.clone(), BASE, 2);
+    assert!(front.offer_receive(0, 2048));
+    let status = |front: &mut NetFront| {
+        let ask = [6u32.to_le_bytes(), 2u32.to_le_bytes(), [0; 4]].concat();
+        let reply = front.client.query(24, &[&ask[..], &[0; 2]].concat());
+        u16::from_le_bytes([reply[12], reply[13]])
+    };
+    assert_eq!(status(&mut front), 1);
+    device.set_link(false).unwrap();
+    assert_eq!(status(&mut front), 0);
+    front.send(1, &PLAIN, &frame(MAC, MAC, 60));
+    assert_eq!(device.stats().snapshot().dropped(Drop::LinkDown), 1);
+    device.set_link(true).unwrap();
+    device.announce().unwrap();
+    assert_eq!(status(&mut front), 3);
+    front.send(1, &PLAIN, &frame(MAC, MAC, 60));
+    assert_eq!(front.receive(0).1, frame(MAC, MAC, 60));
+}
+
+#[test]
+fn qemus_order_of_messages() {
+    let device = device(Loopback::default());
+    let mut client = raw::Client::connect(device);
+    // Queues are enabled before anything was negotiated, eight times.
+    for round in 0..8u32 {
+        client.send(18, 1, &raw::pair(round % 3, 1), &[]);
+    }
+    assert_ne!(client.query_u64(1), 0);
+    let config = 1 << 9;
+    let protocol = client.query_u64(15);
+    assert_eq!(protocol & config, 0, "QEMU asks before SET_OWNER");
+    client.send(16, 1, &protocol.to_ne_bytes(), &[]);
+    client.send(3, 1, &[], &[]);
+    assert_ne!(client.query_u64(15) & config, 0, "others ask after it");
+    assert!(client.set(20, &1500u64.to_ne_bytes(), &[]), "an MTU");
+    assert!(!client.set(20, &0u64.to_ne_bytes(), &[]), "none");
+    assert!(
+        client.set(19, &[0x52, 0x54, 0, 0, 0, 1, 0, 0], &[]),
+        "announce"
+    );
+    assert!(!client.set(19, &[0; 6], &[]), "too short");
+    assert!(client.set(39, &1u64.to_ne_bytes(), &[]), "a status");
+    assert_eq!(client.query_u64(40), 1);
+}
+
+#[test]
+fn a_status_of_zero_is_a_reset() {
+    let device = device(Loopback::default());
+    let mut front = NetFront::start(device, BASE | CTRL, 3);
+    let mac = |front: &mut NetFront| {
+        let ask = [0u32.to_le_bytes(), 6u32.to_le_bytes(), [0; 4]].concat();
+        front.client.query(24, &[&ask[..], &[0; 6]].concat())[12..].to_vec()
+    };
+    let other = [0x52, 0x54, 0, 0, 0, 9];
+    assert_eq!(front.command(2, &[&[1, 1], &other]), 0);
+    assert!(front.client.set(39, &15u64.to_ne_bytes(), &[]));
+    assert_eq!(mac(&mut front), other);
+    assert!(front.client.set(39, &0u64.to_ne_bytes(), &[]));
+    assert_eq!(mac(&mut front), MAC.0);
+}
+
+#[test]
+fn who_announces_a_guest_keeps_to_its_link_and_limits() {
+    let device = device(Loopback::default());
+    let mut front = NetFront::start(device.clone(), BASE, 2);
+    let mut announce = || {
+        let mac = [0x52, 0x54, 0, 0, 0, 1, 0, 0];
+        assert!(front.client.set(19, &mac, &[]));
+        device.stats().snapshot()
+    };
+    let first = announce();
+    assert_eq!(first.dropped(Drop::NoBuffer), 1, "it comes back");
+    device.set_link(false).unwrap();
+    let down = announce();
+    assert_eq!(
+        (down.dropped(Drop::LinkDown), down.dropped(Drop::NoBuffer)),
+        (1, 1)
+    );
+    device.set_link(true).unwrap();
+    let limits = vhost_backends::limit::Limits {
+        iops: 1,
+        ..Default::default()
+    };
+    device.limiter().set(limits);
+    device.limiter().charge_many(1000, 0);
+    let held = announce();
+    assert_eq!(
+        (held.dropped(Drop::Limited), held.dropped(Drop::NoBuffer)),
+        (1, 1)
+    );
+}
+
+#[test]
+fn memory_that_can_be_cut_off_is_refused_where_others_depend_on_it() {
+    for needed in [false, true] {
+        let mut options = NetOptions::with_mac(MAC);
+        options.sealed_memory = needed;
+        let port = Arc::new(Loopback::default());
+        let device = Arc::new(NetDevice::new(port, options));
+        // It has brought sealed memory already.
+        let mut front = NetFront::start(device, BASE, 2);
+        let size = 1 << 20;
+        let unsealed = tempfile::tempfile_in("/dev/shm").unwrap();
+        unsealed.set_len(size).unwrap();
+        let mut table = raw::pair(1, 0);
+        table.extend(raw::words(&[0x4000_0000, size, 0x7f00_0000_0000, 0]));
+        assert_eq!(front.client.set(5, &table, &[&unsealed]), !needed);
+        assert!(front.client.set(5, &table, &[&raw::memory(size)]));
+    }
+}
