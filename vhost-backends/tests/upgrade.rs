@@ -552,14 +552,6 @@ fn a_false_record_is_refused_with_a_sentence() {
             }),
         ),
         (
-            "neither a socket nor a connection",
-            Box::new(|s| {
-                frame(s, MEMBER, member, &[]);
-                admin(s);
-                frame(s, END, end, &[]);
-            }),
-        ),
-        (
             "other statistics or control sockets",
             Box::new(|s| {
                 frame(s, MEMBER, member, &[]);
@@ -578,17 +570,6 @@ fn a_false_record_is_refused_with_a_sentence() {
                 frame(s, LISTENER, b"null", &[served.as_raw_fd()]);
                 frame(s, CONNECTION, no_config, &[peer.as_raw_fd()]);
                 frame(s, 2, &[0xff; 8], &[]);
-                admin(s);
-                frame(s, END, end, &[]);
-            }),
-        ),
-        (
-            "memory region",
-            Box::new(|s| {
-                frame(s, MEMBER, member, &[]);
-                frame(s, CONNECTION, no_config, &[peer.as_raw_fd()]);
-                let region = raw::words(&[0, 0, 1 << 40, 0, 0]);
-                frame(s, 37, &region, &[file.as_raw_fd()]);
                 admin(s);
                 frame(s, END, end, &[]);
             }),

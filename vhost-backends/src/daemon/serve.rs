@@ -22,7 +22,7 @@ use std::thread;
 /// What is served on one socket, and from where on.
 enum Start {
     Fresh(Socket),
-    /// What another process served.
+    /// What another process served; neither, where its only connection is over.
     Taken(Option<UnixListener>, Option<Connection>),
 }
 
@@ -199,9 +199,6 @@ fn take<F: Fleet>(
             return Err(format!(
                 "the running daemon serves {name} on another socket"
             ));
-        }
-        if unit.listener.is_none() && unit.connection.is_none() {
-            return Err(format!("{name} has neither a socket nor a connection"));
         }
         let identity = unit.identity;
         let fds = unit.fds;

@@ -1,20 +1,21 @@
 //! Handing a connection to another process.
 //!
-//! A session leaves as the messages that bring a new one into its state, so that whoever takes it up
+//! A session stops between two messages, or in the middle of one whose rest has not come: what
+//! there is of it goes along. It leaves as the messages that bring a new one into its state, so that whoever takes it up
 //! checks them as it checks a frontend's. Its queues are drained first and stay stopped until it
 //! is known who goes on.
 //!
 //! | state of a [`PausePoint`] | means | leaves by |
 //! |---|---|---|
 //! | running | the server serves | `pause`: wanted |
-//! | wanted | it is to stop at the next message's end | the server: parked; `resume`: running |
+//! | wanted | it is to stop where it need not wait for its frontend | the server: parked; `resume`: running |
 //! | parked | it waits, and its state can be taken | `resume`: running; `leave`: left |
 //! | left | another process serves | never |
 //! | over | the server has ended by itself | never |
 
 use super::memory::MemoryTable;
 use super::request::parse;
-use super::socket::{Channel, Message};
+use super::socket::{Begun, Channel, Message};
 use super::vring::Vring;
 use super::wire::{ConfigHead, Header, SingleRegion, VERSION, VringState};
 use super::{Refusal, Session};
@@ -36,6 +37,8 @@ pub(crate) struct Connection {
     pub(crate) messages: Vec<Message>,
     /// Configuration space, as the frontend knows it.
     pub(crate) config: Vec<u8>,
+    /// What has come of its next message.
+    pub(crate) begun: Begun,
 }
 
 /// What a server waits with; an error where its state could not be gathered.
@@ -68,26 +71,25 @@ impl PausePoint {
         })
     }
 
-    /// Asks the server to stop. Whether it still serves.
-    pub(crate) fn pause(&self) -> bool {
+    /// Asks the server to stop, if it still serves.
+    pub(crate) fn pause(&self) {
         let mut state = self.state();
-        if !matches!(*state, State::Running) {
-            return false;
+        if matches!(*state, State::Running) {
+            *state = State::Wanted;
+            self.event.set();
         }
-        *state = State::Wanted;
-        self.event.set();
-        true
     }
 
-    /// Waits until it has stopped, and takes what it was at. `None`: it did not in time, or it
-    /// ended.
+    /// Waits until it has stopped, and takes what it was at: nothing if it has ended. `None`: it
+    /// did not stop in time, or was not asked to.
     pub(crate) fn take(&self, deadline: Instant) -> Option<Parked> {
         let mut state = self.state();
         loop {
             match &mut *state {
                 State::Parked(parked) => return parked.take(),
+                State::Over => return Some(Ok(None)),
                 State::Wanted => {}
-                State::Running | State::Left | State::Over => return None,
+                State::Running | State::Left => return None,
             }
             let left = deadline.checked_duration_since(Instant::now())?;
             let waited = self.changed.wait_timeout(state, left);
@@ -220,6 +222,7 @@ impl Session<'_> {
             stream: channel.stream().try_clone()?,
             messages: self.save()?,
             config: self.device.config(),
+            begun: channel.begun().try_clone()?,
         })
     }
 
@@ -232,12 +235,32 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Starts every queue that is complete.
-    pub(super) fn release(&mut self) {
+    /// Starts every queue that is complete. One that cannot start ends the session: its frontend
+    /// has been told nothing, and finds out when it connects again.
+    pub(super) fn release(&mut self) -> Result<(), Refusal> {
         self.held = false;
-        if let Err(refusal) = self.start_all() {
-            tracing::warn!(%refusal, "a queue did not start again");
-        }
+        self.start_all().inspect_err(|_| self.end())
+    }
+}
+
+/// Whether a state that is refused for this reason is the frontend's own doing, or that of the
+/// moment: it loses its session, and connects again. Otherwise this daemon does not serve what the
+/// other one does, and should not take its place.
+pub(super) fn concerns_one_session(refusal: &Refusal) -> bool {
+    match refusal {
+        Refusal::BadValue(_)
+        | Refusal::BadState(_)
+        | Refusal::Memory(_)
+        | Refusal::Ring(_)
+        | Refusal::Inflight(_)
+        | Refusal::DirtyLog(_)
+        | Refusal::Host(_) => true,
+        Refusal::NotServed(_)
+        | Refusal::BadFlags(_)
+        | Refusal::BadSize(_)
+        | Refusal::BadFdCount(_)
+        | Refusal::NoQueue(_)
+        | Refusal::Features(_) => false,
     }
 }
 

@@ -137,11 +137,18 @@ impl<'d> Session<'d> {
                 break end;
             }
         };
-        self.pause_all();
-        if !matches!(end, ChannelEnd::Paused) {
-            self.device.set_frontend(None);
+        if matches!(end, ChannelEnd::Paused) {
+            self.pause_all();
+        } else {
+            self.end();
         }
         end
+    }
+
+    /// Drains everything, and lets go of the frontend.
+    fn end(&mut self) {
+        self.pause_all();
+        self.device.set_frontend(None);
     }
 
     fn answer(&mut self, channel: &mut Channel<'_>, message: Message) -> Result<(), ChannelEnd> {

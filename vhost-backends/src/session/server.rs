@@ -4,8 +4,9 @@ use crate::limits::ACCEPT_RETRY_MILLIS;
 use crate::readiness::{Event, Interest, wait};
 use crate::session::Session;
 use crate::session::device::Device;
-use crate::session::handover::{Connection, Gate, PausePoint};
+use crate::session::handover::{Connection, Gate, PausePoint, concerns_one_session};
 use crate::session::quota::PEER_LINES;
+use crate::session::request::Refusal;
 use crate::session::socket::{Channel, ChannelEnd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -93,30 +94,45 @@ impl Server {
     }
 
     /// Takes up what another process served, and serves it once the gate opens. `None`: it did
-    /// not, and nothing was done.
+    /// not, and nothing was done. A session that cannot be taken up for a reason of its own does
+    /// not hold the gate up: it is over when that opens.
     pub(crate) fn take_up(&self, connection: Connection, gate: &Gate) -> Option<SessionEnd> {
         let Connection {
             stream,
             messages,
             config,
+            begun,
         } = connection;
         let point = self.point.as_deref();
-        let mut channel = Channel::new(stream, self.stop.as_fd()).pausing(point);
+        let channel = Channel::new(stream, self.stop.as_fd()).pausing(point);
+        let mut channel = channel.beginning(begun);
         let mut session = Session::new(&*self.device);
-        let ready = match session.restore(messages) {
-            Err(refusal) => Err(format!("its state cannot be taken up: {refusal}")),
-            Ok(()) if self.device.config() != config => {
+        let restored = session.restore(messages);
+        let ready = match &restored {
+            Err(refusal) if !concerns_one_session(refusal) => {
+                Err(format!("its state cannot be taken up: {refusal}"))
+            }
+            _ if self.device.config() != config => {
                 Err("the device is not the one that the frontend knows".into())
             }
-            Ok(()) => Ok(()),
+            _ => Ok(()),
         };
         if !gate.pass(ready) {
             return None;
         }
-        session.release();
+        let started = match restored {
+            Ok(()) => session.release(),
+            Err(refusal) => {
+                session.end();
+                Err(refusal)
+            }
+        };
         gate.serves();
         self.tell(ConnectionEvent::Connected);
-        let end = go_on(session, &mut channel, point);
+        let end = match started {
+            Ok(()) => go_on(session, &mut channel, point),
+            Err(refusal) => not_taken_up(&refusal),
+        };
         self.tell(ConnectionEvent::Ended(end));
         Some(end)
     }
@@ -218,7 +234,9 @@ fn go_on(
                 if !point.park(session.leave_on(channel).map(Some)) {
                     return SessionEnd::HandedOver;
                 }
-                session.release();
+                if let Err(refusal) = session.release() {
+                    return not_taken_up(&refusal);
+                }
             }
             (other, _) => {
                 if PEER_LINES.may_say() {
@@ -228,6 +246,14 @@ fn go_on(
             }
         }
     }
+}
+
+/// A session cannot go on where it stopped.
+fn not_taken_up(refusal: &Refusal) -> SessionEnd {
+    if PEER_LINES.may_say() {
+        tracing::warn!(%refusal, "a session could not go on; its frontend has to connect again");
+    }
+    SessionEnd::Broken
 }
 
 /// A peer that is gone again, or a signal, is no reason to end.

@@ -23,6 +23,44 @@ pub(crate) struct Message {
     pub(crate) fds_truncated: bool,
 }
 
+/// What has come of a message that is not there in full.
+#[derive(Debug, Default)]
+pub(crate) struct Begun {
+    /// Of the header and the payload.
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
+    pub(crate) fds_truncated: bool,
+}
+
+impl Begun {
+    fn header(&self) -> Option<Header> {
+        let head = self.bytes.get(..HEADER_LEN)?;
+        Header::read_from_bytes(head).ok()
+    }
+
+    /// Bytes that the message has, as far as that is known.
+    fn wanted(&self) -> Result<usize, ChannelEnd> {
+        let Some(header) = self.header() else {
+            return Ok(HEADER_LEN);
+        };
+        let size = usize::try_from(header.size).unwrap_or(usize::MAX);
+        if size > MAX_PAYLOAD {
+            return Err(ChannelEnd::TooLarge(header.size));
+        }
+        Ok(HEADER_LEN + size)
+    }
+
+    pub(crate) fn try_clone(&self) -> io::Result<Begun> {
+        Ok(Begun {
+            bytes: self.bytes.clone(),
+            fds: (self.fds.iter())
+                .map(OwnedFd::try_clone)
+                .collect::<io::Result<_>>()?,
+            fds_truncated: self.fds_truncated,
+        })
+    }
+}
+
 /// Why no message came.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ChannelEnd {
@@ -32,9 +70,12 @@ pub(crate) enum ChannelEnd {
     /// The stop event is set.
     #[error("stopped")]
     Stopped,
-    /// Between two messages, it was asked to pause.
+    /// It was asked to pause. What has come of the next message is kept.
     #[error("paused")]
     Paused,
+    /// It was asked to pause, and the peer does not take its answers.
+    #[error("answers that the frontend does not take hold a pause up")]
+    Unread,
     /// The peer hung up in the middle of a message, or took too long over one.
     #[error("half a message")]
     Half,
@@ -54,6 +95,7 @@ pub(crate) struct Channel<'s> {
     point: Option<&'s PausePoint>,
     /// Until when a message is waited for.
     patience: Option<Instant>,
+    begun: Begun,
 }
 
 impl<'s> Channel<'s> {
@@ -63,12 +105,23 @@ impl<'s> Channel<'s> {
             stop,
             point: None,
             patience: None,
+            begun: Begun::default(),
         }
     }
 
-    /// Pauses between two messages when that is asked for.
+    /// Pauses when that is asked for: between two messages, or where the rest of one is waited for.
     pub(crate) fn pausing(self, point: Option<&'s PausePoint>) -> Channel<'s> {
         Channel { point, ..self }
+    }
+
+    /// Goes on with a message that another channel began.
+    pub(crate) fn beginning(self, begun: Begun) -> Channel<'s> {
+        Channel { begun, ..self }
+    }
+
+    /// What has come of the next message.
+    pub(crate) fn begun(&self) -> &Begun {
+        &self.begun
     }
 
     /// Waits for messages until then and no longer.
@@ -83,14 +136,18 @@ impl<'s> Channel<'s> {
 
     /// Waits for the next message.
     pub(crate) fn receive(&mut self) -> Result<Message, ChannelEnd> {
-        let mut fds = Vec::new();
-        let mut truncated = false;
         // Asked for every message: a peer that never pauses must not keep this from being stopped.
         let left = self
             .patience
             .map(|until| until.saturating_duration_since(Instant::now()));
         let pause = self.point.map_or(self.stop, AsFd::as_fd);
         let waits = [self.stop, pause, self.stream.as_fd()];
+        let mut deadline = None;
+        if !self.begun.bytes.is_empty() {
+            // Gone on with after a pause: the clock starts anew.
+            deadline = Some(rest_deadline());
+        }
+        let left = left.or(deadline.map(|_| Duration::from_secs(MESSAGE_TIMEOUT_SECS)));
         match wait(waits.map(|fd| (fd, Interest::Read)), left)? {
             [true, ..] => return Err(ChannelEnd::Stopped),
             // Without a point this is the stop event once more, set since the first look at it.
@@ -99,26 +156,58 @@ impl<'s> Channel<'s> {
             [.., false] => return Err(ChannelEnd::Half),
             [.., true] => {}
         }
-        let mut head = [0; HEADER_LEN];
-        if !self.fill(&mut head, &mut fds, &mut truncated, None)? {
-            return Err(ChannelEnd::HangUp);
-        }
-        let header = Header::read_from_bytes(&head).map_err(|_| ChannelEnd::Half)?;
-        let size = usize::try_from(header.size).unwrap_or(usize::MAX);
-        if size > MAX_PAYLOAD {
-            return Err(ChannelEnd::TooLarge(header.size));
-        }
-        let mut payload = vec![0; size];
-        let deadline = Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS);
-        if !self.fill(&mut payload, &mut fds, &mut truncated, Some(deadline))? {
-            return Err(ChannelEnd::Half);
-        }
+        let header = loop {
+            let wanted = self.begun.wanted()?;
+            match (
+                wanted.checked_sub(self.begun.bytes.len()),
+                self.begun.header(),
+            ) {
+                // More than all of it, which only another process can have left here.
+                (None, _) => return Err(ChannelEnd::Half),
+                (Some(0), Some(header)) => break header,
+                (Some(rest), _) => self.receive_more(rest, &mut deadline)?,
+            }
+        };
+        let Begun {
+            bytes,
+            fds,
+            fds_truncated,
+        } = std::mem::take(&mut self.begun);
         Ok(Message {
             header,
-            payload,
+            payload: bytes.get(HEADER_LEN..).unwrap_or_default().to_vec(),
             fds,
-            fds_truncated: truncated,
+            fds_truncated,
         })
+    }
+
+    /// Takes at most `rest` bytes more of the message that is coming.
+    fn receive_more(
+        &mut self,
+        rest: usize,
+        deadline: &mut Option<Instant>,
+    ) -> Result<(), ChannelEnd> {
+        let begun = &mut self.begun;
+        let have = begun.bytes.len();
+        begun.bytes.resize(have + rest, 0);
+        let (fds, truncated) = (&mut begun.fds, &mut begun.fds_truncated);
+        let buf = begun.bytes.get_mut(have..).unwrap_or_default();
+        let outcome = receive_some(self.stream.as_fd(), buf, fds, truncated);
+        let got = *outcome.as_ref().unwrap_or(&0);
+        begun.bytes.truncate(have + got);
+        match outcome {
+            Ok(0) if have == 0 => Err(ChannelEnd::HangUp),
+            Ok(0) => Err(ChannelEnd::Half),
+            Ok(_) => {
+                // The first byte starts the clock.
+                deadline.get_or_insert_with(rest_deadline);
+                Ok(())
+            }
+            Err(error) => match self.after(error, Interest::Read, *deadline)? {
+                Ready::Yes => Ok(()),
+                Ready::Pause => Err(ChannelEnd::Paused),
+            },
+        }
     }
 
     /// Sends a message that is no reply, with descriptors.
@@ -136,12 +225,12 @@ impl<'s> Channel<'s> {
         };
         let bytes = [header.as_bytes(), payload].concat();
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let deadline = Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS);
+        let deadline = rest_deadline();
         // The descriptors go with the first byte.
         let sent = loop {
             match self.stream.send_with_fds(&[bytes.as_slice()], &raw) {
                 Ok(sent) => break sent,
-                Err(error) => self.after(error.into(), Interest::Write, Some(deadline))?,
+                Err(error) => self.after_write(error.into(), deadline)?,
             }
         };
         self.send_all(bytes.get(sent..).unwrap_or_default(), deadline)
@@ -156,7 +245,7 @@ impl<'s> Channel<'s> {
             size: u32::try_from(payload.len()).unwrap_or(0),
         };
         let bytes = [header.as_bytes(), payload].concat();
-        let deadline = Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS);
+        let deadline = rest_deadline();
         self.send_all(&bytes, deadline)
     }
 
@@ -173,7 +262,7 @@ impl<'s> Channel<'s> {
             };
             match usize::try_from(n) {
                 Ok(n) => rest = rest.get(n..).unwrap_or_default(),
-                Err(_) => self.after_error(Interest::Write, Some(deadline))?,
+                Err(_) => self.after_write(io::Error::last_os_error(), deadline)?,
             }
         }
         Ok(())
@@ -192,14 +281,10 @@ impl<'s> Channel<'s> {
             // Replies are at most MAX_PAYLOAD bytes.
             size: u32::try_from(payload.len()).unwrap_or(0),
         };
-        let deadline = Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS);
+        let deadline = rest_deadline();
         // A socket that is writable takes so few bytes at once.
         while !ready(self.stream.as_fd(), Interest::Write) {
-            self.after(
-                io::ErrorKind::WouldBlock.into(),
-                Interest::Write,
-                Some(deadline),
-            )?;
+            self.after_write(io::ErrorKind::WouldBlock.into(), deadline)?;
         }
         let bytes = [header.as_bytes(), payload].concat();
         match self.stream.send_with_fd(bytes.as_slice(), fd.as_raw_fd()) {
@@ -209,35 +294,11 @@ impl<'s> Channel<'s> {
         }
     }
 
-    /// Fills `buf`. `false`: the peer hung up before the first byte.
-    fn fill(
-        &mut self,
-        buf: &mut [u8],
-        fds: &mut Vec<OwnedFd>,
-        truncated: &mut bool,
-        mut deadline: Option<Instant>,
-    ) -> Result<bool, ChannelEnd> {
-        let mut done = 0;
-        while done < buf.len() {
-            let rest = buf.get_mut(done..).unwrap_or_default();
-            match receive_some(self.stream.as_fd(), rest, fds, truncated) {
-                Ok(0) if done == 0 => return Ok(false),
-                Ok(0) => return Err(ChannelEnd::Half),
-                Ok(n) => {
-                    done += n;
-                    // The first byte starts the clock.
-                    deadline.get_or_insert_with(|| {
-                        Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS)
-                    });
-                }
-                Err(error) => self.after(error, Interest::Read, deadline)?,
-            }
+    fn after_write(&self, error: io::Error, deadline: Instant) -> Result<(), ChannelEnd> {
+        match self.after(error, Interest::Write, Some(deadline))? {
+            Ready::Yes => Ok(()),
+            Ready::Pause => Err(ChannelEnd::Unread),
         }
-        Ok(true)
-    }
-
-    fn after_error(&self, interest: Interest, deadline: Option<Instant>) -> Result<(), ChannelEnd> {
-        self.after(io::Error::last_os_error(), interest, deadline)
     }
 
     /// After a call that did not get through: waits, or says why that is pointless.
@@ -246,9 +307,9 @@ impl<'s> Channel<'s> {
         error: io::Error,
         interest: Interest,
         deadline: Option<Instant>,
-    ) -> Result<(), ChannelEnd> {
+    ) -> Result<Ready, ChannelEnd> {
         match error.kind() {
-            io::ErrorKind::Interrupted => return Ok(()),
+            io::ErrorKind::Interrupted => return Ok(Ready::Yes),
             io::ErrorKind::WouldBlock => {}
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
                 return Err(ChannelEnd::HangUp);
@@ -256,16 +317,37 @@ impl<'s> Channel<'s> {
             _ => return Err(error.into()),
         }
         let timeout = deadline.map(|d| d.saturating_duration_since(Instant::now()));
+        let pause = self.point.map_or(self.stop, AsFd::as_fd);
         let ready = wait(
-            [(self.stop, Interest::Read), (self.stream.as_fd(), interest)],
+            [
+                (self.stop, Interest::Read),
+                (pause, Interest::Read),
+                (self.stream.as_fd(), interest),
+            ],
             timeout,
         )?;
         match ready {
-            [true, _] => Err(ChannelEnd::Stopped),
-            [false, false] => Err(ChannelEnd::Half),
-            [false, true] => Ok(()),
+            [true, ..] => Err(ChannelEnd::Stopped),
+            // What can be done at once is done first.
+            [.., true] => Ok(Ready::Yes),
+            [_, true, _] if self.point.is_some() => Ok(Ready::Pause),
+            [_, true, _] => Err(ChannelEnd::Stopped),
+            [.., false] => Err(ChannelEnd::Half),
         }
     }
+}
+
+/// What a wait for the socket gave.
+enum Ready {
+    /// It can be tried again.
+    Yes,
+    /// It cannot, and a pause is asked for.
+    Pause,
+}
+
+/// Until when the rest of a message may take.
+fn rest_deadline() -> Instant {
+    Instant::now() + Duration::from_secs(MESSAGE_TIMEOUT_SECS)
 }
 
 fn ready(fd: BorrowedFd<'_>, interest: Interest) -> bool {

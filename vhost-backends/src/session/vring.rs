@@ -30,7 +30,7 @@ pub(crate) struct Surroundings<'s> {
     pub(crate) inflight: Option<&'s Arc<InflightLog>>,
     pub(crate) dirty: Option<&'s Arc<DirtyLog>>,
     pub(crate) dirty_call: &'s Arc<Notifier>,
-    /// Queues are checked and not started.
+    /// No queue starts yet.
     pub(crate) held: bool,
 }
 
@@ -136,7 +136,7 @@ impl Vring {
     /// Starts the queue if it is complete and not running.
     pub(crate) fn start(&mut self, with: &Surroundings<'_>) -> Result<(), Refusal> {
         let enabled = self.enable.unwrap_or(with.enabled_by_default());
-        if self.is_running() || self.retired || !enabled {
+        if self.is_running() || self.retired || !enabled || with.held {
             return Ok(());
         }
         let (Some(size), Some(addr), Some(kick), Some(memory)) = (
@@ -171,9 +171,6 @@ impl Vring {
             let ring = (addr.flags & VRING_F_LOG != 0).then_some(addr.log);
             let call = Arc::clone(with.dirty_call);
             setup.dirty = Some(RingDirty::new(Arc::clone(log), call, ring));
-        }
-        if with.held {
-            return Ok(());
         }
         self.worker = Some(with.device.open_queue(QueueSetup {
             index: self.index,

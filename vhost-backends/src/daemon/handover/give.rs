@@ -1,12 +1,12 @@
 //! The old daemon's side: stops, hands out, and ends, or goes on.
 
 use super::{
-    ADMIN, AdminHead, CONNECTION, ConnectionHead, END, End, GO, Hello, Identity, LISTENER, MEMBER,
-    MemberHead, READY, REFUSED, SERVES, Serves, VERSION, in_words, parse, send,
+    ADMIN, AdminHead, BEGUN, CONNECTION, ConnectionHead, END, End, GO, Hello, Identity, LISTENER,
+    MEMBER, MemberHead, READY, REFUSED, SERVES, Serves, VERSION, in_words, parse, send,
 };
 use crate::daemon::admin::AdminSocket;
 use crate::daemon::{Fleet, Handed};
-use crate::limits::HANDOVER_SECS;
+use crate::limits::{HANDOVER_SECS, MAX_PAYLOAD};
 use crate::readiness::{Event, monotonic_nanos};
 use crate::session::handover::PausePoint;
 use crate::session::socket::Channel;
@@ -117,11 +117,7 @@ impl<F: Fleet> Giver<'_, F> {
             .map_err(|error| error.to_string())?;
         let paused_at_nanos = monotonic_nanos();
         let paused = Paused(&self.units);
-        for unit in paused.0 {
-            if !unit.point.pause() {
-                return Err(format!("{} is not served any more", unit.name));
-            }
-        }
+        paused.0.iter().for_each(|unit| unit.point.pause());
         for (unit, handed) in self.units.iter().zip(handed) {
             give_unit(channel, unit, handed, deadline)?;
         }
@@ -154,7 +150,11 @@ fn give_unit(
 ) -> Result<(), String> {
     let parked = unit.point.take(deadline);
     let parked = parked.ok_or_else(|| format!("{} did not stop in time", unit.name))?;
-    let connection = parked.map_err(|error| format!("{}: {error}", unit.name))?;
+    let connection = parked.unwrap_or_else(|error| {
+        let device = &unit.name;
+        tracing::warn!(device, %error, "a session cannot be handed over; its frontend has to connect again");
+        None
+    });
     let head = MemberHead {
         name: unit.name.clone(),
         identity: handed.identity.clone(),
@@ -170,12 +170,19 @@ fn give_unit(
     };
     let head = ConnectionHead {
         config: connection.config,
+        fds_truncated: connection.begun.fds_truncated,
     };
     send(channel, CONNECTION, &head, &[connection.stream.as_fd()])?;
     for message in &connection.messages {
         let fds: Vec<BorrowedFd<'_>> = message.fds.iter().map(AsFd::as_fd).collect();
         let sent = channel.send(message.header.request, &message.payload, &fds);
         sent.map_err(|end| in_words(&end))?;
+    }
+    let mut fds: Vec<BorrowedFd<'_>> = connection.begun.fds.iter().map(AsFd::as_fd).collect();
+    for part in connection.begun.bytes.chunks(MAX_PAYLOAD) {
+        let sent = channel.send(BEGUN, part, &fds);
+        sent.map_err(|end| in_words(&end))?;
+        fds.clear();
     }
     Ok(())
 }

@@ -13,11 +13,16 @@
 //! | old | member | one device: its name and what it is; descriptors of the device's own |
 //! | old | listener | its listening socket |
 //! | old | connection | its frontend's; then vhost-user messages that bring a session to its state |
+//! | old | begun | bytes and descriptors of a message that its frontend is still sending |
 //! | old | admin | a statistics or control socket |
 //! | old | end | since when the queues stand still |
 //! | new | ready | or refused, with a sentence |
 //! | old | go | |
 //! | new | serves | how long they stood still |
+//!
+//! No frontend delays the others, or keeps them from being handed over: one that is in the middle of a
+//! message goes on with it, and one whose session cannot be taken up for a reason of its own loses
+//! that session and connects again.
 //!
 //! Frames look like vhost-user messages. `give` is the old side, `take` the new one.
 //!
@@ -46,6 +51,7 @@ const READY: u32 = 0x5056_0006;
 const REFUSED: u32 = 0x5056_0007;
 const GO: u32 = 0x5056_0008;
 const SERVES: u32 = 0x5056_0009;
+const BEGUN: u32 = 0x5056_000a;
 
 /// What the new daemon says first.
 #[derive(Debug, Serialize, Deserialize)]
@@ -75,6 +81,9 @@ struct MemberHead {
 struct ConnectionHead {
     /// Configuration space, as the frontend knows it.
     config: Vec<u8>,
+    /// The message that is still coming has more descriptors than are taken.
+    #[serde(default)]
+    fds_truncated: bool,
 }
 
 /// A statistics or control socket.

@@ -1,14 +1,14 @@
 //! The new daemon's side: asks, checks what comes, and serves when it is told to.
 
 use super::{
-    ADMIN, AdminHead, CONNECTION, ConnectionHead, END, End, GO, Hello, Identity, LISTENER, MEMBER,
-    MemberHead, READY, REFUSED, SERVES, Serves, VERSION, in_words, parse, send,
+    ADMIN, AdminHead, BEGUN, CONNECTION, ConnectionHead, END, End, GO, Hello, Identity, LISTENER,
+    MEMBER, MemberHead, READY, REFUSED, SERVES, Serves, VERSION, in_words, parse, send,
 };
 use crate::daemon::listen::{self, Kind};
 use crate::limits::{HANDOVER_SECS, MAX_ADMIN_REQUEST, MAX_HANDOVER_FRAMES, MAX_MESSAGE_FDS};
 use crate::readiness::{Event, monotonic_nanos};
 use crate::session::handover::Connection;
-use crate::session::socket::{Channel, Message};
+use crate::session::socket::{Begun, Channel, Message};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -198,7 +198,10 @@ fn take(taken: &mut Taken, message: Message) -> Result<(), String> {
             unit.listener = Some(UnixListener::from(socket(fds, Kind::Listening)?));
         }
         CONNECTION => {
-            let ConnectionHead { config } = parse(&payload)?;
+            let ConnectionHead {
+                config,
+                fds_truncated,
+            } = parse(&payload)?;
             let unit = last(taken)?;
             if unit.connection.is_some() {
                 return Err("a record in the wrong order".into());
@@ -207,7 +210,17 @@ fn take(taken: &mut Taken, message: Message) -> Result<(), String> {
                 stream: UnixStream::from(socket(fds, Kind::Connected)?),
                 messages: Vec::new(),
                 config,
+                begun: Begun {
+                    fds_truncated,
+                    ..Begun::default()
+                },
             });
+        }
+        BEGUN => {
+            let connection = last(taken)?.connection.as_mut();
+            let begun = &mut connection.ok_or("a record in the wrong order")?.begun;
+            begun.bytes.extend(payload);
+            begun.fds.extend(fds);
         }
         ADMIN => {
             let AdminHead {
