@@ -27,7 +27,8 @@ impl Sleeper {
         // Edge-triggered, so that the kick need not be drained: a read could block on a peer.
         let kick = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, KICK);
         epoll.ctl(ControlOperation::Add, wake.kick.as_raw_fd(), kick)?;
-        let stop = EpollEvent::new(EventSet::IN, STOP);
+        // Told once, and remembered: it stays set, and a drain that waits after it must sleep.
+        let stop = EpollEvent::new(EventSet::IN | EventSet::ONE_SHOT, STOP);
         epoll.ctl(ControlOperation::Add, wake.stop.as_raw_fd(), stop)?;
         Ok(Sleeper {
             epoll,
@@ -94,5 +95,30 @@ impl Sleeper {
         };
         self.stop |= events.iter().take(count).any(|e| e.data() == STOP);
         Ok(Wake { stop: self.stop })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::readiness::Event;
+    use std::os::fd::AsFd;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn a_stop_is_told_and_then_slept_through() {
+        let (kick, stop) = (Event::new().unwrap(), Event::new().unwrap());
+        let mut sleeper = Sleeper::new(WakeSources {
+            kick: kick.as_fd(),
+            stop: stop.as_fd(),
+        })
+        .unwrap();
+        assert!(!sleeper.look().unwrap().stop);
+        stop.set();
+        assert!(sleeper.sleep().unwrap().stop);
+        let time = Duration::from_millis(50);
+        let start = Instant::now();
+        assert!(sleeper.sleep_for(time).unwrap().stop, "remembered");
+        assert!(start.elapsed() >= time, "a drain would spin");
     }
 }
