@@ -33,6 +33,8 @@ pub struct BlockDevice {
     options: BlockOptions,
     /// To tell the driver's side that the configuration changed.
     frontend: Mutex<Option<Arc<FrontendLink>>>,
+    /// The capacity grew, and no frontend has been told so far.
+    untold: AtomicBool,
 }
 
 /// What all queues of a device share.
@@ -147,6 +149,7 @@ impl BlockDevice {
             disk,
             options,
             frontend: Mutex::default(),
+            untold: AtomicBool::new(false),
         }
     }
 

@@ -1,7 +1,8 @@
 //! A disk that grew while it is served (virtio 1.3 §5.2.3.1).
 //!
 //! The capacity only grows: requests that were checked against the old one stay good. It is there
-//! before the driver hears of it, so that no request within what it was told is refused.
+//! before the driver hears of it, so that no request within what it was told is refused. A notice that
+//! reached nobody is given again by the next look.
 
 use super::{BlockDevice, sectors};
 use std::fmt;
@@ -16,7 +17,7 @@ pub struct Resized {
     pub before: u64,
     /// Sectors now.
     pub now: u64,
-    /// Whether the frontend was told, and if it was not, why.
+    /// Whether the frontend was told, of this or of what it has missed before; if not, why.
     pub told: Result<(), io::Error>,
 }
 
@@ -37,8 +38,14 @@ impl fmt::Display for Resized {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Resized { before, now, told } = self;
         match told {
-            _ if before == now => write!(f, "{now} sectors as before"),
+            Ok(()) if before == now => write!(f, "{now} sectors as before"),
             Ok(()) => write!(f, "{before} sectors became {now}; the frontend was told"),
+            Err(reason) if before == now => {
+                write!(
+                    f,
+                    "{now} sectors as before; the frontend was not told: {reason}"
+                )
+            }
             Err(reason) => {
                 write!(
                     f,
@@ -50,8 +57,8 @@ impl fmt::Display for Resized {
 }
 
 impl BlockDevice {
-    /// Looks at the store's size again. If it grew, the capacity does, and the frontend is told,
-    /// which may take [`crate::limits::BACKEND_ACK_TIMEOUT_SECS`]. Not to be called from a thread
+    /// Looks at the store's size again. If it grew, the capacity does, and the frontend is told, as
+    /// it is of a growth that it could not be told of before; which may take [`crate::limits::BACKEND_ACK_TIMEOUT_SECS`]. Not to be called from a thread
     /// that serves this device's session.
     pub fn resize(&self) -> Result<Resized, ResizeRefused> {
         let now = sectors(self.disk.store.geometry());
@@ -62,13 +69,60 @@ impl BlockDevice {
         }
         let link = self.frontend.lock().unwrap_or_else(PoisonError::into_inner);
         let link = link.as_ref().map(Arc::clone);
+        // Ordering: Relaxed; looks that meet at most tell twice.
+        let untold = self.untold.swap(false, Ordering::Relaxed);
         let told = match link {
-            _ if now == before => Ok(()),
+            _ if now == before && !untold => Ok(()),
             Some(link) => link.config_changed(),
             None => Err(io::Error::other(
                 "none is connected that takes such messages",
             )),
         };
+        if told.is_err() {
+            self.untold.store(true, Ordering::Relaxed);
+        }
         Ok(Resized { before, now, told })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::BlockOptions;
+    use crate::engine::{FileOptions, RawFile};
+    use crate::session::{Device, FrontendLink};
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_notice_that_reached_nobody_is_given_again() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let store = RawFile::open(file.path(), FileOptions::default()).unwrap();
+        let device = BlockDevice::new(store, BlockOptions::with_queues(1));
+        assert!(device.resize().unwrap().told.is_ok(), "nothing to tell");
+        file.as_file().set_len(2 << 20).unwrap();
+        for before in [2048, 4096] {
+            let Resized {
+                before: b,
+                now,
+                told,
+            } = device.resize().unwrap();
+            assert_eq!((b, now), (before, 4096));
+            assert!(told.is_err(), "there is nobody");
+        }
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let link = FrontendLink::new(theirs.into(), false).unwrap();
+        device.set_frontend(Some(Arc::new(link)));
+        assert!(device.resize().unwrap().told.is_ok());
+        (&ours).read_exact(&mut [0; 12]).unwrap();
+        assert!(device.resize().unwrap().told.is_ok());
+        assert!((&ours).read(&mut [0; 12]).is_err(), "told once");
+        // One that has gone away hears nothing either.
+        drop(ours);
+        file.as_file().set_len(3 << 20).unwrap();
+        assert!(device.resize().unwrap().told.is_err());
+        assert!(device.resize().unwrap().told.is_err());
     }
 }
