@@ -88,7 +88,8 @@ impl ImageLock {
     }
 
     /// Takes the lock that another process held on the same image, or one of its own if there was
-    /// none. The error is a sentence.
+    /// none. A file system without locks is no hindrance, as it is none at a fresh start. The error
+    /// is a sentence.
     pub(super) fn take_over(&mut self, held: &[File]) -> Result<(), String> {
         let cannot = |error: io::Error| format!("cannot lock the disk image: {error}");
         let identity = |file: &File| file.metadata().map(|m| (m.dev(), m.ino()));
@@ -102,7 +103,10 @@ impl ImageLock {
         match lock(&self.file, self.how) {
             Ok(true) => Ok(()),
             Ok(false) => Err("the disk image is in use by another program".into()),
-            Err(error) => Err(cannot(error)),
+            Err(error) => {
+                tracing::warn!("cannot lock the disk image: {error}");
+                Ok(())
+            }
         }
     }
 
@@ -227,6 +231,23 @@ mod tests {
             drop(a);
             assert!(lock(&open(), second).unwrap());
         }
+    }
+
+    #[test]
+    fn an_image_that_cannot_be_locked_is_taken_over() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // Locks are refused on such a descriptor, as by a file system that has none.
+        let mut options = File::options();
+        let path_only = options.read(true).custom_flags(libc::O_PATH);
+        let mut image = ImageLock {
+            file: path_only.open(file.path()).unwrap(),
+            how: Use::Write,
+        };
+        assert!(lock(&image.file, image.how).is_err());
+        image.take_over(&[]).unwrap();
+        let mut image = ImageLock::later(file.path(), Use::Write).unwrap();
+        let _other = ImageLock::take(file.path(), Use::Write).unwrap();
+        assert!(image.take_over(&[]).unwrap_err().contains("in use"));
     }
 
     #[test]
