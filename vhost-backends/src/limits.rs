@@ -20,8 +20,8 @@ pub const MAX_RING_SIZE: u16 = 1024;
 pub const MAX_QUEUES: u16 = 16;
 /// Requests that one queue works on at a time; as many as a ring has entries gain nothing more.
 pub const MAX_IN_FLIGHT: usize = 256;
-/// Times that a poll of the kick is begun anew after it ended; a driver that kicks only where it
-/// was asked to never ends one, so this bounds what any other can burn.
+/// Times that a poll of the kick is begun anew after it ended without a request in between; a driver
+/// that kicks only where it was asked to never ends one, so this bounds what any other can burn.
 pub const MAX_POLLS: u32 = 1 << 16;
 /// Bytes of guest data in one block request: the longest chain of 64 KiB segments; bounds the
 /// bounce buffer of a misaligned direct request.

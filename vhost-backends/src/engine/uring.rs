@@ -81,7 +81,7 @@ pub struct UringEngine {
     /// Whether the file system answers `RWF_NOWAIT`.
     try_cache: bool,
     stop: bool,
-    /// Times that a poll of the kick which ended is begun anew.
+    /// Times that a poll of the kick which ended is begun anew before the next operation begins.
     polls_left: u32,
     kick_fd: RawFd,
     stop_fd: RawFd,
@@ -192,6 +192,8 @@ impl UringEngine {
     }
 
     fn start_inner(&mut self, token: Token, operation: Operation<'_>) -> io::Result<bool> {
+        // Kicks bring work.
+        self.polls_left = MAX_POLLS;
         let align = self.file.align();
         let slot = self
             .slots
