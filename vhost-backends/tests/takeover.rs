@@ -11,8 +11,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use support::daemon::{Daemon, connect, program};
-use support::{Disk, FEATURES, Frontend, TIMEOUT, pattern};
+use support::process::{Daemon, TIMEOUT, blkd, connect};
+use support::{Disk, FEATURES, Frontend, pattern};
 
 const MIB: u64 = 1 << 20;
 /// Longer than any upgrade here takes, and less than a stalled frontend could cost.
@@ -47,7 +47,7 @@ impl Pair {
     }
 
     fn daemon(&self, take_over: bool) -> Daemon {
-        let mut command = program();
+        let mut command = blkd();
         for disk in &self.disks {
             let (socket, image) = (disk.socket.display(), disk.image.display());
             let disk = format!("socket={socket},file={image}");
