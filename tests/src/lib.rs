@@ -4,6 +4,10 @@
 //! `all` forces both, unset runs on every accel that works here and says which do not. `PV_BACKEND`
 //! chooses where disks' backends run: `process`, `in-process`, or both if it is unset.
 
+mod lan;
+
+pub use lan::Lan;
+
 use anyhow::{Context, bail};
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -207,16 +211,18 @@ pub fn suite_vm(case: &str, accel: Accel) -> anyhow::Result<VmBuilder> {
         .accel(accel)
         .vcpus(3)
         .memory(64 << 20)
-        .cmdline(format!("case={case}")))
+        // Where everything takes longer, long loops are thinned out.
+        .cmdline(format!("case={case} thin={}", slowness())))
 }
 
 /// How long anything may take: generous, and more on emulated machines (`PV_PATIENCE` times).
 pub fn patience(seconds: u64) -> Duration {
-    let factor = std::env::var("PV_PATIENCE")
-        .ok()
-        .and_then(|v| v.parse().ok())
-        .unwrap_or(1);
-    Duration::from_secs(seconds * factor)
+    Duration::from_secs(seconds * slowness())
+}
+
+fn slowness() -> u64 {
+    let factor = std::env::var("PV_PATIENCE").ok();
+    factor.and_then(|v| v.parse().ok()).unwrap_or(1)
 }
 
 /// Tests that look at what else their process has must be alone in it.

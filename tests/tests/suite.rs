@@ -8,7 +8,7 @@
 use anyhow::{Context, bail, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
 use paravane_tests::{
-    Backend, accels, backends, blank_image, block_device, card, disk_in, net_device, patience,
+    Backend, Lan, accels, backends, blank_image, block_device, card, disk_in, net_device, patience,
     suite_vm,
 };
 use std::os::unix::net::UnixStream;
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
-use vhost_backends::net::NetDevice;
+use vhost_backends::net::{Drop as Dropped, NetDevice, NetSnapshot};
 use vhost_backends::session::{Device, Server, SessionEnd};
 use vmm_core::pv_abi::call::number;
 use vmm_core::{
@@ -200,6 +200,14 @@ const CASES: &[(&str, End)] = &[
     ("net.past_the_arena", Fine),
     ("net.short_header", Fine),
     ("net.written_by_the_device", Fine),
+    ("net.every_length", Fine),
+    ("net.wrong_headers", Fine),
+    ("net.small_buffers", Fine),
+    ("net.tiny_buffers", Fine),
+    ("net.split_header", Fine),
+    ("net.bad_commands", Fine),
+    ("net.full_tables", Fine),
+    ("net.flood", Fine),
     ("inert.never_starts", Fine),
 ];
 
@@ -307,9 +315,15 @@ fn run(
     let other = folder.path().join("other.img");
     blank_image(&other)?;
     let transcript = Transcript::default();
-    let soak = Arc::new(Soak::default());
+    let mut soak = Soak::default();
+    if case == "net.flood" {
+        soak.lan = Some(Lan::start(backend, folder.path())?);
+    }
+    let soak = Arc::new(soak);
     let builder = suite_vm(case, accel)?.rng();
-    let builder = if case.starts_with("net.") {
+    let builder = if let Some(lan) = &soak.lan {
+        lan.cards().into_iter().fold(builder, VmBuilder::net)
+    } else if case.starts_with("net.") {
         builder.net(match backend {
             Backend::InProcess => soak.card(),
             Backend::Process => card(),
@@ -382,6 +396,11 @@ fn run(
                 stats.backend_reconnects
             );
         }
+        "net.every_length" | "net.wrong_headers" => {
+            if let Some(card) = soak.card.get() {
+                every_one_counted(case, &card.stats().snapshot())?;
+            }
+        }
         "life.bad_doorbells" => {
             let bad = vm.stats().bad_doorbells;
             ensure!(bad == 9, "{bad} bad doorbells were counted");
@@ -416,6 +435,24 @@ fn as_in_a_process(
         list.push(format!(
             "the {class:?} fault of {case}: this CPU does not raise it, with KVM or without: the guest {reason}"
         ));
+    }
+    Ok(())
+}
+
+/// What the guest sent and never got is counted, with its reason.
+fn every_one_counted(case: &str, stats: &NetSnapshot) -> anyhow::Result<()> {
+    let (short, long) = (12 + 14 - 1, 49);
+    let (length, header, none) = (
+        stats.dropped(Dropped::Length),
+        stats.dropped(Dropped::BadHeader),
+        stats.dropped(Dropped::NoBuffer),
+    );
+    if case == "net.wrong_headers" {
+        ensure!(header == 14, "{stats:?}");
+    } else {
+        ensure!(length == short + long, "{stats:?}");
+        // Those at both ends are never thinned out.
+        ensure!(none >= 1600 - short + 100, "{stats:?}");
     }
     Ok(())
 }
@@ -524,6 +561,8 @@ struct Soak {
     done: AtomicU64,
     /// The card, if its backend runs in this process.
     card: OnceLock<Arc<NetDevice>>,
+    /// What the card floods.
+    lan: Option<Lan>,
     /// Dropped, it ends the backend that runs in this process now.
     ending: Mutex<Option<UnixStream>>,
 }
@@ -608,7 +647,7 @@ fn kill_9(pid: u32) {
 /// The embedder's calls that the cases make.
 fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
     let (image, soak): (PathBuf, _) = (image.into(), Arc::clone(soak));
-    let linked = Arc::clone(&soak);
+    let (linked, flooded) = (Arc::clone(&soak), Arc::clone(&soak));
     builder
         .call(0, |call| {
             let sum = call.args().iter().sum();
@@ -649,6 +688,10 @@ fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
             let [switch, up, ..] = call.args();
             let done = linked.set_link(switch, up != 0);
             call.finish(done.map(u64::from).ok_or(Refusal::code(2)));
+        })
+        .call(9, move |call| {
+            let dropped = flooded.lan.as_ref().and_then(|lan| lan.flood_drops().ok());
+            call.finish(dropped.ok_or(Refusal::code(3)));
         })
 }
 

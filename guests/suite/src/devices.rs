@@ -389,12 +389,12 @@ fn console_held(boot: &Boot) -> Outcome {
     let console = console.ok_or("no console")?;
     let (index, event) = (console.index.into(), console.queue_event(1));
     for round in 0..3 {
-        let mut raw = crate::net::RawCard::of(boot, console)?;
+        let mut raw = crate::cards::RawCard::new(boot, console, 2, 16, 1)?;
         raw.activate(boot).map_err(text("activate"))?;
-        raw.send(&[(raw.frame(), 64, 0)]);
+        raw.send(64);
         platform.notify(event);
         platform.idle(Some(core::time::Duration::from_millis(20)));
-        ensure!(raw.used() == [0, 0], "round {round}: it was written");
+        ensure!(raw.used(1) == 0, "round {round}: it was written");
         reset(boot, index).map_err(text("reset"))?;
     }
     Ok(())

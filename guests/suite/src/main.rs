@@ -7,10 +7,12 @@ extern crate alloc;
 
 mod blocks;
 mod calls;
+mod cards;
 mod devices;
 mod faults;
 mod life;
 mod net;
+mod net_raw;
 mod rings;
 mod soak;
 
@@ -47,6 +49,7 @@ fn main(boot: &Boot) -> Outcome {
         rings::CASES,
         soak::CASES,
         net::CASES,
+        net_raw::CASES,
     ];
     let found = all.into_iter().flatten().find(|(name, _)| *name == wanted);
     let (_, case) = found.ok_or_else(|| format!("there is no case {wanted:?}"))?;

@@ -1,9 +1,6 @@
-//! The network driver against the real backend, whose port gives every frame back; and rings of a
-//! card that break the rules.
-#![allow(unsafe_code)]
-// UNSAFETY: looks at private RAM that a descriptor was aimed at.
+//! The network driver against the real backend, whose port gives every frame back.
 
-use crate::devices::{RawSetup, reset};
+use crate::devices::reset;
 use crate::{Case, Outcome, ensure, text};
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -11,12 +8,9 @@ use alloc::{format, vec};
 use core::time::Duration;
 use guest_sdk::flat::{Boot, Flat};
 use guest_sdk::net::{self, Nic, NicConfig, Offload, Opened, PairConfig, Receiver, Transmitter};
-use guest_sdk::platform::{DeviceInfo, DmaBuf, Platform};
+use guest_sdk::platform::{DeviceInfo, Platform};
 use pv_abi::call::number;
 use pv_abi::device::kind;
-use pv_abi::status::Status;
-use pv_abi::virtio::desc_flag::{NEXT, WRITE};
-use pv_abi::virtio::feature;
 use pv_abi::virtio::net::feature::{MRG_RXBUF, STATUS};
 
 pub const CASES: &[Case] = &[
@@ -28,58 +22,16 @@ pub const CASES: &[Case] = &[
     ("net.backend_link", backend_link),
     ("net.reopen", reopen),
     ("net.forgotten", forgotten),
-    ("net.bad_setup", bad_setup),
     ("net.kill", kill),
-    ("net.raw_good", |boot| {
-        raw(boot, [1, 1], |card| {
-            card.receive_into(card.buffer());
-            card.send(&[(card.frame(), FRAME, 0)]);
-        })
-    }),
-    ("net.private_ram_sent", |boot| {
-        let secret = [0x5au8; 256];
-        let address = secret.as_ptr() as u64;
-        raw(boot, [0, 0], |card| {
-            card.receive_into(card.buffer());
-            card.send(&[(card.frame(), 64, NEXT), (address, 256, 0)]);
-        })
-    }),
-    ("net.private_ram_received", private_ram_received),
-    ("net.other_arena", |boot| {
-        let rng = boot.platform().device_table().find(kind::RNG, None);
-        let other = boot.platform().arena(rng.ok_or("no entropy")?.arena);
-        let other = other.ok_or("no other arena")?.gpa();
-        raw(boot, [0, 0], |card| {
-            card.receive_into(card.buffer());
-            card.send(&[(other, FRAME, 0)]);
-        })
-    }),
-    ("net.past_the_arena", |boot| {
-        raw(boot, [0, 0], |card| {
-            card.send(&[(card.arena_end - 64, FRAME, 0)]);
-        })
-    }),
-    ("net.short_header", |boot| {
-        raw(boot, [0, 1], |card| {
-            card.receive_into(card.buffer());
-            card.send(&[(card.frame(), 7, 0)]);
-        })
-    }),
-    ("net.written_by_the_device", |boot| {
-        raw(boot, [0, 1], |card| {
-            card.receive_into(card.buffer());
-            card.send(&[(card.frame(), FRAME, WRITE)]);
-        })
-    }),
 ];
 
 const DAY: Option<Duration> = Some(Duration::from_secs(20));
-const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// Bytes of the smallest and of the largest frame.
-const LENGTHS: (usize, usize) = (14, 65_550);
+pub const LENGTHS: (usize, usize) = (14, 65_550);
 
 /// A frame to `to` with a number in it and bytes that follow from it.
-fn frame(to: [u8; 6], sequence: u64, len: usize) -> Vec<u8> {
+pub fn frame(to: [u8; 6], sequence: u64, len: usize) -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..len as u64)
         .map(|i| (i * 7 + sequence * 31 + i / 251) as u8)
         .collect();
@@ -95,7 +47,7 @@ fn frame(to: [u8; 6], sequence: u64, len: usize) -> Vec<u8> {
 type Pair = (Receiver<Flat>, Transmitter<Flat>);
 
 /// Sends a frame and takes it back.
-fn round_trip((receiver, transmitter): &mut Pair, bytes: &[u8]) -> Outcome {
+pub fn round_trip((receiver, transmitter): &mut Pair, bytes: &[u8]) -> Outcome {
     transmitter
         .send(bytes, Offload::default())
         .map_err(text("send"))?;
@@ -355,178 +307,7 @@ fn kill(boot: &Boot) -> Outcome {
     round_trip(&mut (receiver, transmitter), &frame(MAC, 1, 1000))
 }
 
-fn card(boot: &Boot) -> Result<DeviceInfo, String> {
+pub fn card(boot: &Boot) -> Result<DeviceInfo, String> {
     let found = boot.platform().device_table().find(kind::NET, Some("net"));
     found.ok_or_else(|| "no card".into())
-}
-
-/// Entries of the rings made here.
-const SIZE: u16 = 16;
-/// Bytes of the frame that raw rings send, with its header.
-const FRAME: u32 = 12 + 100;
-
-/// A card without a driver: a receive and a transmit queue.
-pub struct RawCard {
-    info: DeviceInfo,
-    rings: [DmaBuf; 2],
-    setups: [RawSetup; 2],
-    offered: [u16; 2],
-    data: DmaBuf,
-    arena_end: u64,
-}
-
-impl RawCard {
-    fn new(boot: &Boot) -> Result<RawCard, String> {
-        RawCard::of(boot, card(boot)?)
-    }
-
-    /// Any device whose first two queues receive and transmit.
-    pub fn of(boot: &Boot, info: DeviceInfo) -> Result<RawCard, String> {
-        let arena = boot.platform().arena(info.arena).ok_or("no arena")?;
-        let zeroed = || -> Result<DmaBuf, String> {
-            let buf = arena.alloc_aligned(4096, 4096).map_err(text("alloc"))?;
-            buf.zero();
-            Ok(buf)
-        };
-        let rings = [zeroed()?, zeroed()?];
-        let mut data = zeroed()?;
-        data.write(12, &frame(MAC, 1, 100));
-        let setups = [&rings[0], &rings[1]].map(|ring| RawSetup::at(ring.gpa(), SIZE));
-        Ok(RawCard {
-            info,
-            rings,
-            setups,
-            offered: [0; 2],
-            data,
-            arena_end: arena.gpa() + arena.len(),
-        })
-    }
-
-    pub fn activate(&self, boot: &Boot) -> Result<u64, Status> {
-        let [mut first, second] = self.setups;
-        first.queue_count = 2;
-        let mut bytes = first.bytes();
-        bytes.extend(second.bytes().get(16..).unwrap_or_default());
-        let gpa = boot.platform().fill_scratch(&bytes).unwrap_or(0);
-        crate::devices::activate(boot, self.info.index.into(), gpa, bytes.len() as u64)
-    }
-
-    /// A good frame with its header.
-    pub fn frame(&self) -> u64 {
-        self.data.gpa()
-    }
-
-    /// A good receive buffer.
-    fn buffer(&self) -> u64 {
-        self.data.gpa() + 2048
-    }
-
-    fn receive_into(&mut self, address: u64) {
-        self.offer(0, &[(address, 2000, WRITE)]);
-    }
-
-    pub fn send(&mut self, pieces: &[(u64, u32, u16)]) {
-        self.offer(1, pieces);
-    }
-
-    fn offer(&mut self, queue: usize, pieces: &[(u64, u32, u16)]) {
-        let (ring, setup) = (&mut self.rings[queue], &self.setups[queue]);
-        for (index, (addr, len, flags)) in pieces.iter().enumerate() {
-            let at = index * 16;
-            ring.write(at, &addr.to_le_bytes());
-            ring.write(at + 8, &len.to_le_bytes());
-            ring.write(at + 12, &flags.to_le_bytes());
-            ring.write(at + 14, &(index as u16 + 1).to_le_bytes());
-        }
-        // The first entry of the available ring is descriptor 0, and zero by now.
-        self.offered[queue] += 1;
-        let avail = (setup.avail - ring.gpa()) as usize;
-        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
-        ring.write(avail + 2, &self.offered[queue].to_le_bytes());
-        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
-    }
-
-    pub fn used(&self) -> [u16; 2] {
-        [0, 1].map(|queue: usize| {
-            let (ring, setup) = (&self.rings[queue], &self.setups[queue]);
-            let mut index = [0; 2];
-            ring.read((setup.used - ring.gpa()) as usize + 2, &mut index);
-            u16::from_le_bytes(index)
-        })
-    }
-}
-
-/// Spoils a card's rings; these many receive and transmit chains come back, and after a reset the
-/// card serves a good driver.
-fn raw(boot: &Boot, expected: [u16; 2], spoil: impl FnOnce(&mut RawCard)) -> Outcome {
-    let mut card = RawCard::new(boot)?;
-    card.activate(boot).map_err(text("activate"))?;
-    spoil(&mut card);
-    for queue in [0, 1] {
-        boot.platform().notify(card.info.queue_event(queue));
-    }
-    let start = boot.platform().now_ns();
-    let done = expected == [1, 1];
-    while boot.platform().now_ns() - start < if done { 10_000_000_000 } else { 150_000_000 } {
-        if done && card.used() == expected {
-            break;
-        }
-        boot.platform().idle(Some(Duration::from_millis(5)));
-        boot.platform().take_events(0, u64::MAX);
-    }
-    let used = card.used();
-    ensure!(used == expected, "{used:?} chains came back");
-    reset(boot, card.info.index.into()).map_err(text("reset"))?;
-    let mut pair = net::open(boot.platform(), None).map_err(text("open"))?;
-    round_trip(&mut pair, &frame(MAC, 1, 1000))
-}
-
-fn private_ram_received(boot: &Boot) -> Outcome {
-    let canary = vec![0xa5u8; 2000];
-    let address = canary.as_ptr() as u64;
-    raw(boot, [0, 1], |card| {
-        card.receive_into(address);
-        card.send(&[(card.frame(), FRAME, 0)]);
-    })?;
-    // SAFETY: the vector is alive; volatile, because a device may have written it.
-    let same = (0..2000).all(|i| unsafe { canary.as_ptr().add(i).read_volatile() } == 0xa5);
-    ensure!(same, "private RAM was written");
-    Ok(())
-}
-
-fn bad_setup(boot: &Boot) -> Outcome {
-    let good = RawCard::new(boot)?;
-    type Spoil = fn(&mut RawCard);
-    let spoilt = |spoil: Spoil| -> Result<Result<u64, Status>, String> {
-        let mut card = RawCard::new(boot)?;
-        spoil(&mut card);
-        Ok(card.activate(boot))
-    };
-    let refused: [(&str, Spoil, Status); 6] = [
-        ("size 0", |c| c.setups[1].size = 0, Status::BadLength),
-        ("size 3", |c| c.setups[0].size = 3, Status::BadLength),
-        ("a ring at 0", |c| c.setups[1].used = 0, Status::BadAddress),
-        (
-            "a ring in private RAM",
-            |c| c.setups[0].desc = 0x100_0000,
-            Status::BadAddress,
-        ),
-        ("no such vCPU", |c| c.setups[1].vcpu = 64, Status::NotFound),
-        (
-            "packed",
-            |c| c.setups[0].features |= feature::RING_PACKED,
-            Status::NotSupported,
-        ),
-    ];
-    for (what, spoil, status) in refused {
-        let got = spoilt(spoil)?;
-        ensure!(got == Err(status), "{what}: {got:?}");
-    }
-    good.activate(boot).map_err(text("activate"))?;
-    let again = good.activate(boot);
-    ensure!(again == Err(Status::BadState), "active twice: {again:?}");
-    reset(boot, good.info.index.into()).map_err(text("reset"))?;
-    drop(good);
-    let mut pair = net::open(boot.platform(), None).map_err(text("open"))?;
-    round_trip(&mut pair, &frame(MAC, 1, 1000))
 }
