@@ -215,7 +215,10 @@ fn every_length(boot: &Boot) -> Outcome {
     card.wait_all(boot, 0)?;
     let came = card.received(0, longest);
     ensure!(came.get(12..) == whole.get(12..), "it came otherwise");
-    ensure!(came.get(10) == Some(&(pieces as u8)), "not {pieces} buffers");
+    ensure!(
+        came.get(10) == Some(&(pieces as u8)),
+        "not {pieces} buffers"
+    );
     serves_a_driver(boot, &card)
 }
 
@@ -449,7 +452,10 @@ fn full_tables(boot: &Boot) -> Outcome {
         bytes
     };
     let set = |card: &mut RawCard, bytes: &[u8]| command(boot, card, bytes);
-    ensure!(set(&mut card, &[0, 0, 0])? == control::OK, "not promiscuous");
+    ensure!(
+        set(&mut card, &[0, 0, 0])? == control::OK,
+        "not promiscuous"
+    );
     // How many there are of each, whether that is taken, and what comes then.
     for (counts, answer, expected) in [
         ((64, 64), control::OK, [false, false]),
