@@ -16,8 +16,9 @@ pub const MAX_CONFIG_LEN: usize = 256;
 /// Entries in one virtqueue: what Linux and QEMU offer at most; rings of foreign frontends may be
 /// larger than the ABI's own [`pv_abi::limits::MAX_QUEUE_SIZE`], but not than this.
 pub const MAX_RING_SIZE: u16 = 1024;
-/// Queues of one device; one thread each.
-pub const MAX_QUEUES: u16 = 16;
+/// Queues of one device: as many as a card of the VMM has ([`pv_abi::limits::MAX_QUEUES`]). Each
+/// costs a thread and [`QUEUE_DESCRIPTORS`]; a daemon that may not have these does not start.
+pub const MAX_QUEUES: u16 = 32;
 /// Requests that one queue works on at a time; as many as a ring has entries gain nothing more.
 pub const MAX_IN_FLIGHT: usize = 256;
 /// Times that a poll of the kick is begun anew after it ended without a request in between; a driver

@@ -112,7 +112,7 @@ fn bad_arguments_get_a_sentence() {
                 "--blk-file",
                 image,
                 "--num-queues",
-                "17",
+                "33",
             ],
             "--num-queues",
         ),

@@ -213,7 +213,7 @@ fn in_flight_logs_at_their_limits() {
     // Not negotiated.
     assert!(client.query(31, &shape(0, 0, 1, 128)).is_empty());
     client.negotiate();
-    for (queues, entries) in [(0, 128), (1, 0), (17, 128), (1, 1025), (u16::MAX, u16::MAX)] {
+    for (queues, entries) in [(0, 128), (1, 0), (33, 128), (1, 1025), (u16::MAX, u16::MAX)] {
         assert!(client.query(31, &shape(0, 0, queues, entries)).is_empty());
         let file = memory(1 << 20);
         assert!(!client.set(32, &shape(1 << 20, 0, queues, entries), &[&file]));

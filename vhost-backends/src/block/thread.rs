@@ -23,35 +23,37 @@ pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn Qu
     let thread = std::thread::Builder::new()
         .name(format!("blk-queue-{}", setup.index))
         .spawn(move || {
-            let memory = Arc::clone(setup.ring.memory());
-            let wake = WakeSources {
-                kick: setup.kick.as_fd(),
-                stop: worker_stop.as_fd(),
-            };
-            let store = Arc::clone(&disk.store);
-            let engine = match store.open_engine(Arc::clone(&memory), wake) {
-                Ok(engine) => engine,
-                Err(error) => {
-                    let _ = started.send(Err(error));
-                    return QueueStop {
-                        ring: setup.ring.save(),
-                        retired: None,
-                    };
-                }
-            };
-            // The caller waits for this.
-            let _ = started.send(Ok(()));
-            Worker::new(
-                disk,
-                setup.index,
-                setup.ring,
-                engine,
-                memory,
-                setup.call,
-                setup.err,
-                WriteCache::of(setup.features),
-            )
-            .run(wake)
+            setup.hang_up.clone().guard(move || {
+                let memory = Arc::clone(setup.ring.memory());
+                let wake = WakeSources {
+                    kick: setup.kick.as_fd(),
+                    stop: worker_stop.as_fd(),
+                };
+                let store = Arc::clone(&disk.store);
+                let engine = match store.open_engine(Arc::clone(&memory), wake) {
+                    Ok(engine) => engine,
+                    Err(error) => {
+                        let _ = started.send(Err(error));
+                        return QueueStop {
+                            ring: setup.ring.save(),
+                            retired: None,
+                        };
+                    }
+                };
+                // The caller waits for this.
+                let _ = started.send(Ok(()));
+                Worker::new(
+                    disk,
+                    setup.index,
+                    setup.ring,
+                    engine,
+                    memory,
+                    setup.call,
+                    setup.err,
+                    WriteCache::of(setup.features),
+                )
+                .run(wake)
+            })
         })?;
     outcome
         .recv()

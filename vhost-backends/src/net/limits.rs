@@ -14,7 +14,7 @@ pub const MAX_UDP_SEGMENTS: usize = 128;
 /// a signal, and few enough that the first does not wait for long.
 pub const MAX_BATCH: usize = 64;
 /// Pairs of queues: with the control queue they stay within [`crate::limits::MAX_QUEUES`].
-pub const MAX_QUEUE_PAIRS: u16 = 7;
+pub const MAX_QUEUE_PAIRS: u16 = 15;
 /// Unicast, and multicast, addresses in a receive filter; more than that and all are let through,
 /// as the specification has it for tables that overflow.
 pub const MAX_FILTER_ADDRESSES: usize = 64;
@@ -26,8 +26,12 @@ pub const MAX_CHANGE_RATE: u64 = 20;
 pub const MAX_CHANGE_BURST: u64 = 8;
 /// Stations that a switch knows: what is not known is flooded.
 pub const MAX_STATIONS: usize = 4096;
-/// Stations behind one port of a switch, so that no port takes the others' room.
+/// Stations behind one port of a switch, as long as the table has room; where it is full, a port
+/// with fewer than its share takes the place of the port with most.
 pub const MAX_STATIONS_PER_PORT: usize = 512;
+/// What one learned station that takes another's place counts as, of [`MAX_LEARN_RATE`]: the oldest
+/// one is looked for in the whole table.
+pub const EVICTION_COST: u64 = 8;
 /// Seconds after which a switch forgets a station that sent nothing (IEEE 802.1D's default).
 pub const STATION_SECS: u64 = 300;
 /// Ports of one switch: a flooded frame is copied so many times at most.

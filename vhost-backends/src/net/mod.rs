@@ -312,6 +312,9 @@ impl Device for NetDevice {
         };
         let mut features = served;
         features.set(VhostUserProtocolFeatures::CONFIG, offer);
+        // Frames that are lost with this process are lost, as on any network; and under the log,
+        // the buffers of one frame would be given back one by one.
+        features.remove(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
         features | VhostUserProtocolFeatures::MTU | VhostUserProtocolFeatures::RARP
     }
 

@@ -44,7 +44,7 @@ pub(super) fn spawn(
     };
     let thread = std::thread::Builder::new()
         .name(name)
-        .spawn(move || body(setup, wake))?;
+        .spawn(move || setup.hang_up.clone().guard(|| body(setup, wake)))?;
     Ok(Box::new(Handle {
         stop,
         thread: Some(thread),

@@ -1,7 +1,7 @@
 //! What a session needs of a device, and what it gives to one.
 
 use crate::ring::{Retire, Ring, RingState};
-use crate::session::{FrontendLink, Notifier};
+use crate::session::{FrontendLink, HangUp, Notifier};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -122,4 +122,6 @@ pub struct QueueSetup {
     pub err: Arc<Notifier>,
     /// Virtio features that the frontend accepted.
     pub features: u64,
+    /// Ends the connection, for a queue that cannot go on.
+    pub hang_up: HangUp,
 }

@@ -17,6 +17,7 @@
 //! | `notifier` | calls to the frontend, which cannot block |
 //! | `quota` | how much a peer can make this process log |
 //! | `backend_channel` | what the backend has to say without being asked |
+//! | `hang_up` | the end of a connection from inside |
 //! | `handover` | a session between two processes |
 //! | `memfd` | memory that is given to the frontend |
 //! | `server` | connection after connection |
@@ -27,6 +28,7 @@
 mod backend_channel;
 mod device;
 pub(crate) mod handover;
+mod hang_up;
 mod memfd;
 pub(crate) mod memory;
 mod notifier;
@@ -39,6 +41,7 @@ pub(crate) mod wire;
 
 pub use backend_channel::FrontendLink;
 pub use device::{ConfigRefused, Device, QueueSetup, QueueStop, QueueWorker};
+pub use hang_up::HangUp;
 pub use memory::MemoryError;
 pub use notifier::Notifier;
 pub use request::Refusal;
@@ -105,10 +108,12 @@ struct Session<'d> {
     link: Option<Arc<FrontendLink>>,
     /// Nothing runs yet: the session is being taken up.
     held: bool,
+    /// Ends the connection that this serves.
+    hang_up: HangUp,
 }
 
 impl<'d> Session<'d> {
-    fn new(device: &'d dyn Device) -> Session<'d> {
+    fn new(device: &'d dyn Device, hang_up: HangUp) -> Session<'d> {
         Session {
             device,
             features: 0,
@@ -124,6 +129,7 @@ impl<'d> Session<'d> {
             dirty_file: None,
             link: None,
             held: false,
+            hang_up,
         }
     }
 
@@ -425,6 +431,7 @@ impl<'d> Session<'d> {
             dirty: self.dirty.as_ref(),
             dirty_call: &self.dirty_call,
             held: self.held,
+            hang_up: &self.hang_up,
         };
         (&mut self.vrings, with)
     }

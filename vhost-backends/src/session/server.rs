@@ -106,7 +106,7 @@ impl Server {
         let point = self.point.as_deref();
         let channel = Channel::new(stream, self.stop.as_fd()).pausing(point);
         let mut channel = channel.beginning(begun);
-        let mut session = Session::new(&*self.device);
+        let mut session = Session::new(&*self.device, channel.hang_up());
         let restored = session.restore(messages);
         let ready = match &restored {
             Err(refusal) if !concerns_one_session(refusal) => {
@@ -217,7 +217,8 @@ fn serve_until(
     point: Option<&PausePoint>,
 ) -> SessionEnd {
     let mut channel = Channel::new(stream, stop).pausing(point);
-    go_on(Session::new(device), &mut channel, point)
+    let session = Session::new(device, channel.hang_up());
+    go_on(session, &mut channel, point)
 }
 
 fn go_on(
@@ -228,7 +229,7 @@ fn go_on(
     loop {
         let end = session.serve(channel);
         match (end, point) {
-            (ChannelEnd::HangUp, _) => return SessionEnd::HangUp,
+            (ChannelEnd::HangUp, _) if !session.hang_up.was_used() => return SessionEnd::HangUp,
             (ChannelEnd::Stopped, _) => return SessionEnd::Stopped,
             (ChannelEnd::Paused, Some(point)) => {
                 if !point.park(session.leave_on(channel).map(Some)) {

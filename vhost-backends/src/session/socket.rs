@@ -5,10 +5,12 @@
 use crate::limits::{MAX_MESSAGE_FDS, MAX_PAYLOAD, MESSAGE_TIMEOUT_SECS};
 use crate::readiness::{Interest, wait};
 use crate::session::handover::PausePoint;
+use crate::session::hang_up::HangUp;
 use crate::session::wire::{FLAG_REPLY, HEADER_LEN, Header, VERSION};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use zerocopy::{FromBytes, IntoBytes};
@@ -90,7 +92,7 @@ pub(crate) enum ChannelEnd {
 /// One connection.
 #[derive(Debug)]
 pub(crate) struct Channel<'s> {
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     stop: BorrowedFd<'s>,
     point: Option<&'s PausePoint>,
     /// Until when a message is waited for.
@@ -101,7 +103,7 @@ pub(crate) struct Channel<'s> {
 impl<'s> Channel<'s> {
     pub(crate) fn new(stream: UnixStream, stop: BorrowedFd<'s>) -> Channel<'s> {
         Channel {
-            stream,
+            stream: Arc::new(stream),
             stop,
             point: None,
             patience: None,
@@ -132,6 +134,11 @@ impl<'s> Channel<'s> {
 
     pub(crate) fn stream(&self) -> &UnixStream {
         &self.stream
+    }
+
+    /// A way to end the connection from any thread.
+    pub(crate) fn hang_up(&self) -> HangUp {
+        HangUp::of(Arc::clone(&self.stream))
     }
 
     /// Waits for the next message.

@@ -13,7 +13,7 @@ use crate::session::device::{Device, QueueSetup, QueueStop, QueueWorker};
 use crate::session::memory::MemoryTable;
 use crate::session::request::Refusal;
 use crate::session::wire::{VRING_F_LOG, VringAddr};
-use crate::session::{Notifier, set_notifier};
+use crate::session::{HangUp, Notifier, set_notifier};
 use pv_abi::virtio::feature;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -32,6 +32,7 @@ pub(crate) struct Surroundings<'s> {
     pub(crate) dirty_call: &'s Arc<Notifier>,
     /// No queue starts yet.
     pub(crate) held: bool,
+    pub(crate) hang_up: &'s HangUp,
 }
 
 impl Surroundings<'_> {
@@ -179,6 +180,7 @@ impl Vring {
             call: Arc::clone(&self.call),
             err: Arc::clone(&self.err),
             features: with.features,
+            hang_up: with.hang_up.clone(),
         })?);
         self.packed = with.packed();
         Ok(())

@@ -1,11 +1,13 @@
 //! What a session says about the device beside its queues.
 
-use super::support::net::{CTRL, NetFront};
+use super::support::net::{Buffer, CTRL, MRG, NetFront, TIMEOUT};
 use super::support::raw;
 use super::{BASE, MAC, PLAIN, device, frame};
+use std::io::Read;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use vhost_backends::net::port::Loopback;
-use vhost_backends::net::{Drop, NetDevice, NetOptions};
+use vhost_backends::net::port::{Loopback, Port};
+use vhost_backends::net::{Drop, Frame, Inlet, Mac, NetDevice, NetOptions, Offloads};
 
 #[test]
 fn the_link_goes_down_and_up() {
@@ -119,4 +121,65 @@ fn memory_that_can_be_cut_off_is_refused_where_others_depend_on_it() {
         assert_eq!(front.client.set(5, &table, &[&unsealed]), !needed);
         assert!(front.client.set(5, &table, &[&raw::memory(size)]));
     }
+}
+
+/// Panics at a frame that begins with a zero, and gives back all others.
+#[derive(Debug, Default)]
+struct Fragile(Loopback);
+
+impl Port for Fragile {
+    fn attach(&self, guest: &Arc<Inlet>, mac: Mac) {
+        self.0.attach(guest, mac);
+    }
+
+    fn offloads(&self) -> Offloads {
+        self.0.offloads()
+    }
+
+    fn send(&self, pair: u16, frames: &[Frame<'_>]) -> usize {
+        if frames.iter().any(|frame| frame.destination().0[0] == 0) {
+            // One that says nothing on standard error.
+            std::panic::resume_unwind(Box::new("as the test wants"));
+        }
+        self.0.send(pair, frames)
+    }
+}
+
+#[test]
+fn a_queue_that_panics_ends_its_session_and_no_more() {
+    let device = device(Fragile::default());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("net.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = vhost_backends::session::Server::spawn(device.clone(), listener).unwrap();
+    for _ in 0..3 {
+        let stream = UnixStream::connect(&path).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let mut front = NetFront::on(raw::Client::over(stream), BASE | MRG, 2);
+        assert!(front.offer_receive(0, 2048));
+        front.send(1, &PLAIN, &frame(MAC, MAC, 100));
+        assert_eq!(front.receive(0).1, frame(MAC, MAC, 100));
+        let fatal = [&PLAIN[..], &[0; 60]].concat();
+        let at = front.place(fatal.len());
+        front.fill(at, &fatal);
+        let len = fatal.len() as u32;
+        let buffer = Buffer {
+            at,
+            len,
+            writable: false,
+        };
+        front.offer(1, &[buffer]).unwrap();
+        front.kick(1);
+        // The frontend hears of it by the end of the connection, not by silence.
+        assert_eq!(front.client.stream.read(&mut [0]).unwrap(), 0);
+    }
+    server.stop().unwrap();
+}
+
+#[test]
+fn frames_in_flight_are_not_logged() {
+    let mut client = raw::Client::connect(device(Loopback::default()));
+    client.send(3, 1, &[], &[]);
+    let inflight = 1 << 12;
+    assert_eq!(client.query_u64(15) & inflight, 0);
 }

@@ -9,8 +9,8 @@ use super::Port;
 use crate::limit::{Limiter, Limits};
 use crate::net::frame::{Frame, Mac};
 use crate::net::limits::{
-    MAX_FLOOD_BYTES, MAX_FLOOD_RATE, MAX_LEARN_RATE, MAX_STATIONS, MAX_STATIONS_PER_PORT,
-    MAX_SWITCH_PORTS, STATION_SECS,
+    EVICTION_COST, MAX_FLOOD_BYTES, MAX_FLOOD_RATE, MAX_LEARN_RATE, MAX_STATIONS,
+    MAX_STATIONS_PER_PORT, MAX_SWITCH_PORTS, STATION_SECS,
 };
 use crate::net::offload::Offloads;
 use crate::net::receive::Inlet;
@@ -97,15 +97,32 @@ impl Switch {
         u32::try_from(self.start.elapsed().as_secs()).unwrap_or(u32::MAX)
     }
 
-    /// Puts stations where they were seen. `false`: there is no room for one.
-    fn learn(&self, macs: &[Mac], port: usize, now: u32) -> bool {
+    /// Puts stations where they were seen. What that costs, of [`MAX_LEARN_RATE`].
+    fn learn(&self, macs: &[Mac], port: usize, now: u32) -> u64 {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-        macs.iter().all(|mac| state.learn(*mac, port, now))
+        let mut cost = 1;
+        for mac in macs {
+            match state.learn(*mac, port, now) {
+                Learned::Kept => {}
+                Learned::InPlaceOfAnother => cost += EVICTION_COST,
+                // Not to ask again for a second.
+                Learned::NoRoom => return MAX_LEARN_RATE,
+            }
+        }
+        cost
     }
 }
 
+/// What became of a station.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Learned {
+    Kept,
+    InPlaceOfAnother,
+    NoRoom,
+}
+
 impl State {
-    fn learn(&mut self, mac: Mac, port: usize, now: u32) -> bool {
+    fn learn(&mut self, mac: Mac, port: usize, now: u32) -> Learned {
         let state = self;
         if state.stations.len() >= MAX_STATIONS
             || state
@@ -115,17 +132,24 @@ impl State {
         {
             state.forget_old(now);
         }
+        let mut learned = Learned::Kept;
         let moved = match state.stations.get(&mac) {
-            Some(station) if station.fixed => return true,
+            Some(station) if station.fixed => return Learned::Kept,
             Some(station) => Some(station.port),
-            None if state.stations.len() >= MAX_STATIONS => return false,
+            None if state.stations.len() >= MAX_STATIONS => {
+                if !state.evict_for(port) {
+                    return Learned::NoRoom;
+                }
+                learned = Learned::InPlaceOfAnother;
+                None
+            }
             None => None,
         };
         let Some(count) = state.counts.get_mut(port) else {
-            return false;
+            return Learned::NoRoom;
         };
         if *count >= MAX_STATIONS_PER_PORT {
-            return false;
+            return Learned::NoRoom;
         }
         *count += 1;
         if let Some(before) = moved.and_then(|port| state.counts.get_mut(port)) {
@@ -137,6 +161,29 @@ impl State {
             seen: AtomicU32::new(now),
         };
         state.stations.insert(mac, station);
+        learned
+    }
+
+    /// Forgets the station of the port with most that was silent for longest, if `port` has fewer
+    /// than its share and than that one.
+    fn evict_for(&mut self, port: usize) -> bool {
+        let share = MAX_STATIONS / self.ports.len().max(1);
+        let own = self.counts.get(port).copied().unwrap_or(usize::MAX);
+        let most = (0..).zip(&self.counts).max_by_key(|(_, count)| **count);
+        let Some((fullest, _)) = most.filter(|(_, count)| own < share && own < **count) else {
+            return false;
+        };
+        // Ordering: Relaxed, as in `is_fresh`.
+        let oldest = (self.stations.iter())
+            .filter(|(_, station)| station.port == fullest && !station.fixed)
+            .min_by_key(|(_, station)| station.seen.load(Ordering::Relaxed));
+        let Some((&mac, _)) = oldest else {
+            return false;
+        };
+        self.stations.remove(&mac);
+        if let Some(count) = self.counts.get_mut(fullest) {
+            *count = count.saturating_sub(1);
+        }
         true
     }
 
@@ -280,9 +327,7 @@ impl Port for SwitchPort {
             }
         }
         if !strangers.is_empty() && self.learning.delay().is_none() {
-            let learned = self.switch.learn(&strangers, self.index, now);
-            // Where there is no room, not to ask again for a second.
-            let cost = if learned { 1 } else { MAX_LEARN_RATE };
+            let cost = self.switch.learn(&strangers, self.index, now);
             self.learning.charge_many(cost, 0);
         }
         frames.len()
@@ -348,11 +393,67 @@ mod tests {
             .collect();
         let learned = macs
             .chunks(4)
-            .filter(|four| switch.learn(four, port.index, 0));
+            .filter(|four| switch.learn(four, port.index, 0) == 1);
         // One is the port's own, which does not count.
         assert_eq!(learned.count(), MAX_STATIONS_PER_PORT / 4);
         // Once there is no room, nothing is asked for a while.
         send(&port, 9, [2, 3, 0, 0, 0, 0]);
         assert!(port.learning.delay().is_some());
+    }
+
+    /// As many addresses as a port may have, and a few more.
+    fn claim(switch: &Switch, port: usize, now: u32) {
+        for i in 0..MAX_STATIONS_PER_PORT as u16 + 8 {
+            let [high, low] = i.to_be_bytes();
+            switch.learn(&[Mac([2, 7, port as u8, 0, high, low])], port, now);
+        }
+    }
+
+    #[test]
+    fn ports_that_claim_all_leave_the_others_their_share() {
+        let switch = Arc::new(Switch::default());
+        let greedy: Vec<_> = (1..=8).map(|index| joined(&switch, index)).collect();
+        for (port, _) in &greedy {
+            claim(&switch, port.index, 1);
+        }
+        let known = |mac: [u8; 6]| {
+            let state = switch.state.read().unwrap();
+            state.stations.get(&Mac(mac)).map(|station| station.port)
+        };
+        let counts = || switch.state.read().unwrap().counts.clone();
+        let (late, _device) = joined(&switch, 9);
+        let own = |i: u8| Mac([2, 9, 0, 0, 0, i]);
+        // One of the others' has said something lately.
+        let lively = [2, 7, 3, 0, 0, 5];
+        (switch.state.read().unwrap().stations[&Mac(lively)].seen).store(2, Ordering::Relaxed);
+        for i in 0..200 {
+            assert!(
+                switch.learn(&[own(i)], late.index, 2) < MAX_LEARN_RATE,
+                "{i}"
+            );
+        }
+        assert_eq!(known(own(199).0), Some(late.index));
+        assert_eq!(known(lively), Some(3));
+        let total: usize = counts().iter().sum();
+        assert!(total <= MAX_STATIONS);
+        // Nobody can do the same to it, or to one of those with fewer.
+        claim(&switch, 0, 3);
+        assert_eq!(counts()[late.index], 200);
+        let few = counts().into_iter().min().unwrap();
+        assert_eq!(few, 200);
+        // Its share, and no more than the one with most.
+        for _ in 0..2 {
+            claim(&switch, late.index, 4);
+        }
+        let counts = counts();
+        let most = counts.iter().max().unwrap();
+        assert!(
+            counts[late.index] >= MAX_STATIONS / 9 && counts[late.index] <= *most,
+            "{counts:?}"
+        );
+        for (port, _) in &greedy {
+            let mac = [2, 0, 0, 0, 0, port.index as u8 + 1];
+            assert_eq!(known(mac), Some(port.index), "its own never goes");
+        }
     }
 }
