@@ -161,7 +161,7 @@ fn a_queue_that_panics_ends_its_session_and_no_more() {
         assert_eq!(front.receive(0).1, frame(MAC, MAC, 100));
         let fatal = [&PLAIN[..], &[0; 60]].concat();
         let at = front.place(fatal.len());
-        front.fill(at, &fatal);
+        front.memory.fill(at, &fatal);
         let len = fatal.len() as u32;
         let buffer = Buffer {
             at,
