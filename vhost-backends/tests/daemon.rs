@@ -1,6 +1,6 @@
 //! The program `pv-blkd` as a process.
 #![allow(unsafe_code)]
-// UNSAFETY: a resource limit and a descriptor are set between fork and exec.
+// UNSAFETY: a descriptor is set between fork and exec, and a limit of the child.
 
 mod support;
 

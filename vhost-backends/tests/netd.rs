@@ -1,6 +1,6 @@
 //! The program `pv-netd`: ports, sandbox, control socket, and its end.
 #![allow(unsafe_code)]
-// UNSAFETY: signals are sent to the child.
+// UNSAFETY: packet sockets, a tap and a network namespace of its own.
 
 mod support {
     pub(crate) mod net;

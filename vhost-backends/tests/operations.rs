@@ -1,6 +1,6 @@
 //! Running disks: several in one daemon, limits, statistics, service managers.
 #![allow(unsafe_code)]
-// UNSAFETY: a descriptor and a resource limit are set between fork and exec.
+// UNSAFETY: descriptors are set between fork and exec.
 
 mod support;
 
