@@ -82,6 +82,9 @@ pub(crate) trait Fleet: Sync {
         Err("this device cannot be taken over".into())
     }
 
+    /// Everything is drained, and no other process goes on with it.
+    fn over(&self) {}
+
     /// What `GET /DEVICES/NAME/WHAT` gives without an end: takes over the client's connection.
     fn follow(&self, _name: &str, _what: &str) -> Option<Follow<'_>> {
         None

@@ -97,10 +97,12 @@ pub(crate) fn serve<F: Fleet>(
         }
     };
     let given = AtomicBool::new(false);
+    let mut served = false;
     let commit = || {
         if let Some(taking) = &taking {
             taking.ready()?;
         }
+        served = true;
         arm(true);
         Ok(taking)
     };
@@ -123,6 +125,9 @@ pub(crate) fn serve<F: Fleet>(
         arm(false);
     } else {
         notify.stopping();
+        if served {
+            fleet.over();
+        }
     }
     PEER_LINES.settle();
     outcome

@@ -7,9 +7,10 @@ use super::{Engine, Store, SyncEngine, UringEngine, WakeSources};
 use crate::ring::OwnedChain;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
@@ -34,6 +35,8 @@ pub struct RawFile {
     align: DirectAlign,
     /// Held while a part of a block is exchanged: two parts of one block must not meet.
     partial: Mutex<()>,
+    /// What stays open as long as anything is in flight.
+    held: Mutex<Vec<OwnedFd>>,
 }
 
 impl RawFile {
@@ -62,7 +65,20 @@ impl RawFile {
             options,
             align,
             partial: Mutex::new(()),
+            held: Mutex::default(),
         })
+    }
+
+    /// Keeps a descriptor open until the host is done with all that engines opened from now on begin,
+    /// also where this process is killed. The host finishes what it was given for such a process in
+    /// its own time: a lock that goes with this description is free only when no write, and no read
+    /// to memory that others use by then, can come after it.
+    pub fn hold(&self, fd: OwnedFd) {
+        self.held().push(fd);
+    }
+
+    pub(crate) fn held(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes now.

@@ -109,7 +109,10 @@ impl UringEngine {
         Sleeper::new(wake)?;
         let ring = build_ring()?;
         let submitter = ring.submitter();
-        submitter.register_files(&[file.file().as_raw_fd()])?;
+        // What is registered stays open until the ring is gone, which is after its last operation.
+        let mut files = vec![file.file().as_raw_fd()];
+        files.extend(file.held().iter().map(AsRawFd::as_raw_fd));
+        submitter.register_files(&files)?;
         let mut engine = UringEngine {
             ring,
             try_cache: !file.options().direct,

@@ -57,6 +57,8 @@ pub(super) struct UseArgs {
 /// A disk that was opened.
 pub(super) struct Opened {
     pub(super) store: Arc<dyn Store>,
+    /// The raw image that it is, if it is one.
+    pub(super) raw: Option<Arc<RawFile>>,
     /// What keeps others from its images.
     pub(super) locks: Vec<ImageLock>,
     /// What it is, for another process to take it over; or why none can.
@@ -68,6 +70,7 @@ impl Opened {
         let locks = Vec::new();
         Opened {
             store,
+            raw: None,
             locks,
             identity,
         }
@@ -215,16 +218,20 @@ fn open_image(
     } else {
         how.lock(path, how.own(), how.format == ImageFormat::Qcow2)?
     };
-    let store: std::io::Result<Arc<dyn Store>> = match how.format {
-        ImageFormat::Raw => RawFile::open(path, options).map(|file| Arc::new(file) as _),
-        ImageFormat::Qcow2 => {
-            Qcow2Disk::open(path, options).map(|disk| Arc::new(BlockingStore::new(disk)) as _)
-        }
+    type Image = (Arc<dyn Store>, Option<Arc<RawFile>>);
+    let store: std::io::Result<Image> = match how.format {
+        ImageFormat::Raw => RawFile::open(path, options).map(|file| {
+            let file = Arc::new(file);
+            (Arc::clone(&file) as _, Some(file))
+        }),
+        ImageFormat::Qcow2 => Qcow2Disk::open(path, options)
+            .map(|disk| (Arc::new(BlockingStore::new(disk)) as _, None)),
     };
     let identity = std::fs::metadata(path).map(|m| format!("image {}:{}", m.dev(), m.ino()));
     match store.and_then(|store| Ok((store, identity?))) {
-        Ok((store, identity)) => Ok(Opened {
+        Ok(((store, raw), identity)) => Ok(Opened {
             store,
+            raw,
             locks,
             identity: if how.is_plain() {
                 Ok(identity)
@@ -258,6 +265,7 @@ fn open_overlay(
     match Qcow2Disk::open_overlay(overlay, base, qcow2, options) {
         Ok(disk) => Ok(Opened {
             store: Arc::new(BlockingStore::new(disk)),
+            raw: None,
             locks,
             identity: Err(IN_MEMORY),
         }),

@@ -1,8 +1,11 @@
 //! Locks on images, byte for byte as QEMU takes them: who writes is alone, readers share.
 //!
 //! A lock belongs to a description of the image that was opened for it alone, and goes with the
-//! last process that holds that: at the end of this one, however it ends, or of one that it was
-//! handed to.
+//! last that holds that: this process, one that it was handed to, or the host, which finishes what
+//! a killed process left in flight ([`RawFile::hold`]). So whoever gets a lock after a kill meets no
+//! late write. Readers do not exclude each other, and are not kept from late reads.
+//!
+//! [`RawFile::hold`]: crate::engine::RawFile::hold
 #![allow(unsafe_code)]
 // UNSAFETY: fcntl with a lock, which no safe wrapper among the dependencies takes.
 
@@ -29,6 +32,16 @@ pub(super) enum Use {
     Read,
     /// Written, by nobody else.
     Write,
+}
+
+impl Use {
+    /// Permissions that it takes.
+    fn does(self) -> &'static [i64] {
+        match self {
+            Use::Read => &[READ],
+            Use::Write => &[READ, WRITE],
+        }
+    }
 }
 
 /// A lock on an image, held while this exists.
@@ -80,6 +93,12 @@ impl ImageLock {
                 path.display()
             )),
         }
+    }
+
+    /// Unlocks for everybody who holds this: nothing is in flight, and nobody goes on.
+    pub(super) fn release(&self) {
+        // One that was never taken is as good.
+        let _ = unlock(&self.file, self.how);
     }
 
     /// The lock, for another process too.
@@ -154,10 +173,7 @@ fn backing_of(image: &Path) -> Option<PathBuf> {
 
 /// Whether the lock was taken.
 fn lock(file: &File, how: Use) -> io::Result<bool> {
-    let does: &[i64] = match how {
-        Use::Read => &[READ],
-        Use::Write => &[READ, WRITE],
-    };
+    let does = how.does();
     // Said first, asked afterwards: of two that come at once, at least one sees the other.
     for byte in does {
         set(file, DOES + byte, libc::F_RDLCK)?;
@@ -168,12 +184,16 @@ fn lock(file: &File, how: Use) -> io::Result<bool> {
         free &= !is_taken(file, FORBIDS + byte)?;
     }
     if !free {
-        for byte in does {
-            set(file, DOES + byte, libc::F_UNLCK)?;
-        }
-        set(file, FORBIDS + WRITE, libc::F_UNLCK)?;
+        unlock(file, how)?;
     }
     Ok(free)
+}
+
+fn unlock(file: &File, how: Use) -> io::Result<()> {
+    for byte in how.does() {
+        set(file, DOES + byte, libc::F_UNLCK)?;
+    }
+    set(file, FORBIDS + WRITE, libc::F_UNLCK)
 }
 
 fn set(file: &File, byte: i64, kind: libc::c_int) -> io::Result<()> {
@@ -231,6 +251,43 @@ mod tests {
             drop(a);
             assert!(lock(&open(), second).unwrap());
         }
+    }
+
+    /// As a killed process leaves it: its descriptors are closed, its ring is being torn down.
+    #[test]
+    fn a_lock_lasts_as_long_as_what_is_in_flight() {
+        use crate::engine::{FileOptions, RawFile, UringEngine, WakeSources};
+        use crate::readiness::Event;
+        use std::os::fd::AsFd;
+        use std::sync::Arc;
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(4096).unwrap();
+        let file = RawFile::open(image.path(), FileOptions::default()).unwrap();
+        let held = ImageLock::take(image.path(), Use::Write).unwrap().unwrap();
+        file.hold(held.hand_over().unwrap());
+        let (kick, stop) = (Event::new().unwrap(), Event::new().unwrap());
+        let wake = WakeSources {
+            kick: kick.as_fd(),
+            stop: stop.as_fd(),
+        };
+        let file = Arc::new(file);
+        let memory = Arc::new(vm_memory::GuestMemoryMmap::new());
+        let engine = match UringEngine::new(Arc::clone(&file), memory, wake) {
+            Ok(engine) => engine,
+            Err(error) => return println!("SKIPPED: no io_uring: {error}"),
+        };
+        file.held().clear();
+        drop(held);
+        let refused = ImageLock::take(image.path(), Use::Write).unwrap_err();
+        assert!(refused.contains("in use"), "{refused}");
+        drop(engine);
+        assert!(ImageLock::take(image.path(), Use::Write).unwrap().is_some());
+        // Where nothing is in flight, it can be given up at once.
+        let held = ImageLock::take(image.path(), Use::Write).unwrap().unwrap();
+        let _rest = held.hand_over().unwrap();
+        held.release();
+        let other = open(image.path()).unwrap();
+        assert!(lock(&other, Use::Write).unwrap());
     }
 
     #[test]

@@ -6,7 +6,7 @@ mod lock;
 
 use super::{Denied, Fleet, Handed, Member, Sockets};
 use crate::block::{BlockDevice, BlockOptions};
-use crate::engine::Store;
+use crate::engine::{RawFile, Store};
 use crate::limit::Limits;
 use crate::session::{ConnectionEvent, Device, SessionEnd};
 use crate::stats::{DiskReport, json, prometheus};
@@ -40,6 +40,7 @@ pub fn pv_blkd_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 struct Served {
     name: String,
     device: Arc<BlockDevice>,
+    raw: Option<Arc<RawFile>>,
     /// Held while the disk is served.
     locks: Mutex<Vec<ImageLock>>,
     /// What it is, for another process; or why none can serve it.
@@ -47,6 +48,19 @@ struct Served {
 }
 
 impl Served {
+    /// The locks last as long as anything is in flight, also where this process is killed.
+    fn hold_locks(&self) -> Result<(), String> {
+        let Some(raw) = &self.raw else { return Ok(()) };
+        let locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        for lock in locks.iter() {
+            let held = lock
+                .hand_over()
+                .map_err(|error| format!("{}: {error}", self.name))?;
+            raw.hold(held);
+        }
+        Ok(())
+    }
+
     /// What another process must have opened to serve this.
     fn describe(&self, identity: &str) -> String {
         let read_only = self.device.features() & feature::RO != 0;
@@ -68,9 +82,13 @@ impl Disks {
             served.push(Served {
                 name,
                 device: Arc::new(device),
+                raw: opened.raw,
                 locks: Mutex::new(opened.locks),
                 identity: opened.identity,
             });
+        }
+        if !sockets.taking_over() {
+            served.iter().try_for_each(Served::hold_locks)?;
         }
         Ok(Disks(served))
     }
@@ -173,7 +191,15 @@ impl Fleet for Disks {
             lock.take_over(&held)
                 .map_err(|reason| in_sentence(&reason))?;
         }
-        Ok(())
+        drop(locks);
+        disk.hold_locks()
+    }
+
+    fn over(&self) {
+        for disk in &self.0 {
+            let locks = disk.locks.lock().unwrap_or_else(PoisonError::into_inner);
+            locks.iter().for_each(ImageLock::release);
+        }
     }
 
     fn requests(&self) -> &'static str {
