@@ -6,6 +6,7 @@ mod stream;
 mod switch;
 mod tap;
 pub(super) mod vectors;
+mod writer;
 
 pub use loopback::Loopback;
 pub use packet::Interface;

@@ -5,9 +5,10 @@
 #![allow(unsafe_code)]
 // UNSAFETY: the ioctls of tap interfaces.
 
+use super::writer::{self, Writer};
 use super::{Port, Received, vectors};
 use crate::net::frame::Frame;
-use crate::net::limits::MAX_QUEUE_PAIRS;
+use crate::net::limits::{MAX_BATCH, MAX_QUEUE_PAIRS};
 use crate::net::offload::Offloads;
 use crate::net::source::{Came, Reader};
 use crate::net::stats::Drop;
@@ -18,6 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, PoisonError};
 use zerocopy::IntoBytes;
 
 /// `TUNSETOFFLOAD`, `TUNSETQUEUE`: what is called once the sandbox is entered.
@@ -42,10 +44,23 @@ struct Request {
     rest: [u8; 22],
 }
 
+/// Whether frames are written together.
+#[derive(Debug, Default)]
+enum Together {
+    /// Not known yet.
+    #[default]
+    Unknown,
+    Yes(Box<Writer>),
+    /// The host cannot do it.
+    No,
+}
+
 /// A tap interface, with a queue for each pair.
 #[derive(Debug)]
 pub struct Tap {
     queues: Vec<File>,
+    /// Of each queue.
+    writers: Vec<Mutex<Together>>,
     /// The kernel takes large UDP frames (Linux 6.2 and later).
     uso: bool,
     /// Queues that the kernel spreads frames over.
@@ -117,8 +132,10 @@ impl Tap {
             check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const len) })?;
         }
         let attached = AtomicU16::new(queues.len() as u16);
+        let writers = queues.iter().map(|_| Mutex::default()).collect();
         let mut tap = Tap {
             queues,
+            writers,
             uso: false,
             attached,
         };
@@ -157,6 +174,41 @@ impl Tap {
                 tracing::warn!(%error, index, "a tap queue stays as it was");
             }
         }
+    }
+}
+
+impl Tap {
+    /// Sends frames with few system calls. `None`: the host cannot, and nothing was sent.
+    fn send_together(
+        &self,
+        pair: u16,
+        file: BorrowedFd<'_>,
+        frames: &[Frame<'_>],
+    ) -> Option<usize> {
+        let writer = self.writers.get(usize::from(pair))?;
+        let mut together = writer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Together::Unknown = *together {
+            *together = match Writer::new() {
+                Ok(writer) => Together::Yes(Box::new(writer)),
+                Err(_) => Together::No,
+            };
+        }
+        let Together::Yes(writer) = &mut *together else {
+            return None;
+        };
+        let mut taken = 0;
+        for some in frames.chunks(MAX_BATCH) {
+            match writer.write(file, some) {
+                Ok(n) => taken += n,
+                Err(error) => {
+                    *together = Together::No;
+                    // The first that is tried says it.
+                    let unsupported = error.kind() == io::ErrorKind::Unsupported && taken == 0;
+                    return (!unsupported).then_some(taken);
+                }
+            }
+        }
+        Some(taken)
     }
 }
 
@@ -219,6 +271,11 @@ impl Port for Tap {
         let Some(file) = self.queues.get(usize::from(pair)) else {
             return 0;
         };
+        if frames.len() >= writer::WORTH
+            && let Some(taken) = self.send_together(pair, file.as_fd(), frames)
+        {
+            return taken;
+        }
         let mut taken = 0;
         for frame in frames {
             let sent = vectors::write(file.as_fd(), frame.header.as_bytes(), frame.pieces());
