@@ -108,9 +108,14 @@ impl Limiter {
         }
     }
 
+    /// Whether there is any limit now.
+    pub(crate) fn is_open(&self) -> bool {
+        self.requests.is_open() && self.bytes.is_open()
+    }
+
     /// How long to hold back the next request; `None`: not at all.
     pub fn delay(&self) -> Option<Duration> {
-        if self.requests.is_open() && self.bytes.is_open() {
+        if self.is_open() {
             return None;
         }
         let now = self.now();
@@ -125,7 +130,7 @@ impl Limiter {
 
     /// Takes several requests of so many bytes together into account.
     pub fn charge_many(&self, requests: u64, bytes: u64) {
-        if self.requests.is_open() && self.bytes.is_open() {
+        if self.is_open() {
             return;
         }
         let now = self.now();

@@ -2,6 +2,7 @@
 
 use super::limits::{MAX_FRAME_LEN, MAX_UDP_SEGMENTS, MIN_FRAME_LEN, MIN_TCP_SEGMENT};
 use pv_abi::virtio::net::{Header, feature, gso, header_flag};
+use std::cell::OnceCell;
 use vm_memory::{Bytes, VolatileSlice};
 
 /// Bytes at the start of a frame that decisions are made on: Ethernet with two VLAN tags and IPv6.
@@ -12,33 +13,24 @@ pub(crate) const ETHERNET_LEN: usize = 14;
 
 /// An Ethernet frame in memory that somebody else may still change, with the virtio header that
 /// goes with it, checked.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Frame<'f> {
     /// Offloads that the frame asks for. `num_buffers` is zero.
     pub header: Header,
     pieces: &'f [VolatileSlice<'f, ()>],
     len: usize,
-    start: [u8; PEEK_LEN],
+    /// Copied when it is first asked for: whoever decides anything sees the same bytes.
+    start: OnceCell<[u8; PEEK_LEN]>,
 }
 
 impl<'f> Frame<'f> {
     /// A frame in these pieces, which are `len` bytes together.
     pub fn new(header: Header, pieces: &'f [VolatileSlice<'f, ()>], len: usize) -> Frame<'f> {
-        let mut start = [0; PEEK_LEN];
-        let mut rest = start.as_mut_slice();
-        for piece in pieces {
-            // Reads as much as there is room for.
-            let n = piece.read(rest, 0).unwrap_or(0);
-            rest = rest.get_mut(n..).unwrap_or_default();
-            if rest.is_empty() {
-                break;
-            }
-        }
         Frame {
             header,
             pieces,
             len,
-            start,
+            start: OnceCell::new(),
         }
     }
 
@@ -53,14 +45,14 @@ impl<'f> Frame<'f> {
         self.pieces
     }
 
-    /// Destination address, as it was when the frame was taken.
+    /// Destination address, as it was when the frame was first looked at.
     pub fn destination(&self) -> Mac {
-        Mac::at(&self.start, 0)
+        Mac::at(self.start(), 0)
     }
 
     /// Source address.
     pub fn source(&self) -> Mac {
-        Mac::at(&self.start, 6)
+        Mac::at(self.start(), 6)
     }
 
     /// Frames that it stands for, at most: the segments of a large one.
@@ -75,12 +67,24 @@ impl<'f> Frame<'f> {
 
     /// Its first bytes, zeroes after its end.
     pub(crate) fn start(&self) -> &[u8; PEEK_LEN] {
-        &self.start
+        self.start.get_or_init(|| {
+            let mut start = [0; PEEK_LEN];
+            let mut rest = start.as_mut_slice();
+            for piece in self.pieces {
+                // Reads as much as there is room for.
+                let n = piece.read(rest, 0).unwrap_or(0);
+                rest = rest.get_mut(n..).unwrap_or_default();
+                if rest.is_empty() {
+                    break;
+                }
+            }
+            start
+        })
     }
 
     /// The VLAN that it is tagged for.
     pub fn vlan(&self) -> Option<u16> {
-        match (be16(&self.start, 12), be16(&self.start, 14)) {
+        match (be16(self.start(), 12), be16(self.start(), 14)) {
             (0x8100, tag) => Some(tag & 0xfff),
             _ => None,
         }
@@ -171,7 +175,15 @@ pub(crate) fn check_len(len: u64) -> Result<usize, BadFrame> {
 
 /// Checks what a driver with these features asks for a frame of `len` bytes (virtio 1.3 §5.1.6.2).
 /// `num_buffers` is whatever it likes, since drivers leave it as it was.
+#[inline]
 pub(crate) fn check_header(header: Header, len: usize, features: u64) -> Result<Header, BadFrame> {
+    if header.flags & header_flag::NEEDS_CSUM == 0 && header.gso_type == gso::NONE {
+        return Ok(Header::default());
+    }
+    check_offloads(header, len, features)
+}
+
+fn check_offloads(header: Header, len: usize, features: u64) -> Result<Header, BadFrame> {
     let mut checked = Header::default();
     let (start, offset) = (
         usize::from(header.csum_start),

@@ -12,14 +12,21 @@ use super::offload::{Offloads, Scratch, complete};
 use super::port::vectors::MOST as MOST_VECTORS;
 use super::stats::{Drop, Tally};
 use super::{Link, header_len};
-use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
+use crate::ring::{Completion, DeviceRing, Finder, OwnedChain, Ring, will_write};
 use crate::session::{Notifier, QueueSetup, QueueStop};
 use pv_abi::limits::MAX_CHAIN_LEN;
 use pv_abi::virtio::net::{HashReport, Header, feature, gso, header_flag};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestMemoryMmap, VolatileMemory, VolatileSlice};
 use zerocopy::IntoBytes;
+
+/// Buffers that are on their way to this processor while one is filled: about as many as it waits
+/// for at a time.
+const AHEAD: usize = 8;
+/// Frames that a driver gets to see together: it takes them while the next ones are copied, and
+/// each time costs both sides a trip of the ring's memory.
+const SHOWN_TOGETHER: usize = 16;
 
 /// A guest's receive side. Any thread may deliver to it; without open queues, frames are dropped.
 #[derive(Debug)]
@@ -49,7 +56,10 @@ impl Inlet {
         };
         let mut held: Option<(u16, MutexGuard<'_, Option<RxQueue>>)> = None;
         let mut tally = Tally::default();
+        // At most so many come, this one included.
+        let mut expected = frames.size_hint().1.unwrap_or(0).saturating_add(1);
         for frame in frames {
+            expected = expected.saturating_sub(1);
             if !filter.takes(frame) {
                 tally.drop(Drop::Filtered);
                 continue;
@@ -70,7 +80,9 @@ impl Inlet {
             }
             match held.as_mut().and_then(|(_, guard)| guard.as_mut()) {
                 Some(queue) => {
+                    queue.stage_ahead(expected.min(AHEAD));
                     queue.deliver(frame, &mut tally);
+                    queue.show(SHOWN_TOGETHER);
                 }
                 None => tally.drop(Drop::NoQueue),
             }
@@ -129,6 +141,9 @@ pub(super) struct RxQueue {
     /// Taken from the ring and not used yet, in order.
     staged: VecDeque<Buffer>,
     staged_room: usize,
+    finder: Finder,
+    /// Something was published, and the driver not called for it yet.
+    shown: bool,
     done: Vec<Completion>,
     scratch: Scratch,
     retired: bool,
@@ -161,6 +176,8 @@ impl RxQueue {
             mergeable: setup.features & feature::MRG_RXBUF != 0,
             staged: VecDeque::new(),
             staged_room: 0,
+            finder: Finder::default(),
+            shown: false,
             done: Vec::new(),
             scratch: Scratch::default(),
             retired: false,
@@ -190,7 +207,7 @@ impl RxQueue {
         if self.link.capture.is_on() {
             self.link.capture.frame(frame, Direction::ToGuest);
         }
-        if self.offloads().take(frame) {
+        if is_plain(&frame.header) || self.offloads().take(frame) {
             return self.put(frame, tally);
         }
         let mut scratch = std::mem::take(&mut self.scratch);
@@ -213,8 +230,11 @@ impl RxQueue {
 
     /// Whether this frame is longer than the driver expects (virtio 1.3 §5.1.4.1).
     pub(super) fn is_over_mtu(&self, frame: &Frame<'_>) -> bool {
+        if frame.header.gso_type != gso::NONE || !self.may_be_over_mtu(frame.len()) {
+            return false;
+        }
         let tag = if frame.vlan().is_some() { 4 } else { 0 };
-        frame.header.gso_type == gso::NONE && self.may_be_over_mtu(frame.len().saturating_sub(tag))
+        self.may_be_over_mtu(frame.len().saturating_sub(tag))
     }
 
     fn put(&mut self, frame: &Frame<'_>, tally: &mut Tally) -> bool {
@@ -223,6 +243,10 @@ impl RxQueue {
             return false;
         }
         match self.gather(self.header_len + frame.len()) {
+            Ok(1) if self.fill_one(frame) => {
+                tally.frame(frame.len());
+                return true;
+            }
             Ok(count) => {
                 let mut source = Source::new(frame.pieces(), self.report(frame));
                 let mut header = frame.header;
@@ -248,6 +272,44 @@ impl RxQueue {
     /// Whether the driver negotiated hash reports.
     pub(super) fn reports(&self) -> bool {
         self.features & feature::HASH_REPORT != 0
+    }
+
+    /// Puts a frame of one piece into the first buffer, which has the room, where that is one
+    /// piece as well: as nearly all are. Whether they are.
+    #[inline]
+    fn fill_one(&mut self, frame: &Frame<'_>) -> bool {
+        let (head, len) = (self.header_len, frame.len());
+        let (Some(buffer), [piece]) = (self.staged.front(), frame.pieces()) else {
+            return false;
+        };
+        let [segment] = buffer.chain.writable() else {
+            return false;
+        };
+        if self.reports() || piece.len() != len || head > size_of::<Header>() {
+            return false;
+        }
+        let Some(to) = self.finder.view(&self.memory, *segment) else {
+            return false;
+        };
+        let Ok(rest) = to.offset(head) else {
+            return false;
+        };
+        let header = Header {
+            num_buffers: 1,
+            ..frame.header
+        };
+        put_header(&to, header, head);
+        piece.copy_to_volatile_slice(rest);
+        self.done.push(used(&buffer.chain, head + len));
+        self.staged_room -= buffer.room;
+        self.staged.pop_front();
+        true
+    }
+
+    /// Takes buffers for so many frames, if they are there, so that they are on their way to this
+    /// processor while the first is filled.
+    fn stage_ahead(&mut self, count: usize) {
+        while self.staged.len() < count && self.stage() {}
     }
 
     /// Makes sure that the first staged buffers have this much room together. How many it takes.
@@ -282,33 +344,50 @@ impl RxQueue {
             return false;
         }
         loop {
-            let chain = match self.ring.pop() {
-                Ok(Some(chain)) => chain,
-                Ok(None) => {
+            // Filled where it stays.
+            self.staged.push_back(Buffer {
+                chain: OwnedChain::empty(),
+                room: 0,
+            });
+            let Some(buffer) = self.staged.back_mut() else {
+                return false;
+            };
+            match self.ring.pop_into(&mut buffer.chain) {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.staged.pop_back();
                     self.empty = true;
                     return false;
                 }
                 Err(reason) => {
+                    self.staged.pop_back();
                     if !std::mem::replace(&mut self.retired, true) {
                         self.link.ring_retired(&reason);
                         self.err.signal();
                     }
                     return false;
                 }
-            };
+            }
+            let chain = &buffer.chain;
             let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
             if room < self.header_len || !chain.readable().is_empty() {
                 // Not a receive buffer: given back in its turn, with nothing in it.
                 self.link.stats.drop(Drop::BadBuffer, 1);
-                if self.staged.is_empty() {
-                    self.done.push(used(&chain, 0));
+                let unused = used(chain, 0);
+                if self.staged.len() == 1 {
+                    self.done.push(unused);
+                    self.staged.pop_back();
                     continue;
                 }
-                self.staged.push_back(Buffer { chain, room: 0 });
                 return true;
             }
+            buffer.room = room;
             self.staged_room += room;
-            self.staged.push_back(Buffer { chain, room });
+            if let Some(first) = chain.writable().first()
+                && let Some(view) = self.finder.view(&self.memory, *first)
+            {
+                will_write(&view);
+            }
             return true;
         }
     }
@@ -353,14 +432,26 @@ impl RxQueue {
         let _ = chain.writable_slices(&self.memory, from, len, |to| source.copy_into(&to));
     }
 
+    /// Publishes what was filled, if that is so much: the driver can work on it meanwhile. It is
+    /// called when the batch is over.
+    fn show(&mut self, least: usize) {
+        if self.done.len() >= least {
+            self.ring.complete(&self.done);
+            self.done.clear();
+            self.shown = true;
+        }
+    }
+
     /// Publishes what was filled, and calls the driver if it wants that.
     pub(super) fn publish(&mut self) {
         self.empty = false;
-        if self.done.is_empty() {
+        if !std::mem::take(&mut self.shown) && self.done.is_empty() {
             return;
         }
-        self.ring.complete(&self.done);
-        self.done.clear();
+        if !self.done.is_empty() {
+            self.ring.complete(&self.done);
+            self.done.clear();
+        }
         if self.ring.should_signal() {
             self.link.stats.called();
             self.call.signal();
@@ -453,6 +544,21 @@ fn used(chain: &OwnedChain, written: usize) -> Completion {
         // A chain has at most u32::MAX bytes.
         written: u32::try_from(written).unwrap_or(u32::MAX),
     }
+}
+
+/// Writes the first `len` bytes of a header; all but the shortest in two steps.
+#[inline]
+fn put_header(to: &VolatileSlice<'_, ()>, header: Header, len: usize) {
+    let bytes = header.as_bytes();
+    if len == size_of::<Header>()
+        && let (Some(first), Some(second)) = (bytes.first_chunk(), bytes.last_chunk())
+        && let (Ok(low), Ok(high)) = (to.get_ref::<u64>(0), to.get_ref::<u32>(8))
+    {
+        low.store(u64::from_ne_bytes(*first));
+        high.store(u32::from_ne_bytes(*second));
+        return;
+    }
+    to.copy_from(bytes.get(..len).unwrap_or_default());
 }
 
 /// Whether a header asks for anything.

@@ -13,15 +13,20 @@ use super::worker::{self, Wake};
 use super::{Link, header_len};
 use crate::block::AdaptivePoll;
 use crate::limits::MAX_HOLD_MILLIS;
-use crate::ring::{Completion, DeviceRing, OwnedChain, Ring};
+use crate::ring::{Completion, DeviceRing, Finder, OwnedChain, Ring, will_read};
 use crate::session::quota::PEER_LINES;
 use crate::session::{QueueSetup, QueueStop, QueueWorker};
 use pv_abi::virtio::net::Header;
+use smallvec::SmallVec;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use vm_memory::{Bytes, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestMemoryMmap, VolatileMemory, VolatileSlice};
 use zerocopy::IntoBytes;
+
+/// Looks at the ring for each look at the clock.
+const LOOKS: usize = 8;
 
 /// Starts a transmit queue.
 pub(super) fn spawn(
@@ -88,64 +93,101 @@ struct Worker {
 /// What one turn works on, kept for its allocations.
 #[derive(Default)]
 struct Batch<'m> {
+    /// The first `taken` of these are chains; the rest is room for more.
     chains: Vec<OwnedChain>,
+    taken: usize,
+    /// Of the frames, without their headers.
     pieces: Vec<VolatileSlice<'m, ()>>,
-    /// Header, and where in `pieces` the frame is.
-    parsed: Vec<(Header, usize, usize, usize)>,
+    found: Vec<Found<'m>>,
     done: Vec<Completion>,
+    finder: Finder,
 }
 
-/// Takes `count` bytes off the front of the pieces from `first` on, and copies as many of them as
-/// there is room for. There are more.
-fn take_front(
-    pieces: &mut Vec<VolatileSlice<'_, ()>>,
-    first: usize,
-    count: usize,
-    mut into: &mut [u8],
-) {
-    let (mut left, mut empty) = (count, 0);
-    for piece in pieces.iter_mut().skip(first) {
-        let take = piece.len().min(left);
-        let n = piece.read(into, 0).unwrap_or(0).min(take);
-        into = into.get_mut(n..).unwrap_or_default();
-        left -= take;
-        if take < piece.len() {
-            if let Ok(rest) = piece.offset(take) {
-                *piece = rest;
+/// A frame whose header was not looked at yet.
+struct Found<'m> {
+    header: HeaderAt<'m>,
+    /// Where in the batch's pieces its bytes are.
+    at: Range<usize>,
+    len: usize,
+}
+
+/// Where a header is: nearly always in front of its frame.
+enum HeaderAt<'m> {
+    Memory(VolatileSlice<'m, ()>),
+    Copied(Header),
+}
+
+impl HeaderAt<'_> {
+    /// The header as it is now, copied once.
+    #[inline]
+    fn copy(&self) -> Header {
+        let view = match self {
+            HeaderAt::Copied(header) => return *header,
+            HeaderAt::Memory(view) => view,
+        };
+        let mut header = Header::default();
+        let bytes = header.as_mut_bytes();
+        // All of it but what counts the buffers, in two steps; then that, where there is one.
+        if let (Ok(first), Ok(second), Some(to)) = (
+            view.get_ref::<u64>(0),
+            view.get_ref::<u16>(8),
+            bytes.get_mut(..10),
+        ) {
+            let (first, second) = (first.load().to_ne_bytes(), second.load().to_ne_bytes());
+            for (to, from) in to.iter_mut().zip(first.into_iter().chain(second)) {
+                *to = from;
             }
-            break;
         }
-        empty += 1;
+        header
     }
-    pieces.drain(first..first + empty);
+}
+
+/// Finds what a chain has to read: a header of `header_len` bytes, and the frame behind it, which
+/// goes to the end of `pieces`. `None`: it is not in memory.
+#[inline]
+fn find<'m>(
+    chain: &OwnedChain,
+    header_len: usize,
+    memory: &'m GuestMemoryMmap,
+    finder: &mut Finder,
+    pieces: &mut Vec<VolatileSlice<'m, ()>>,
+) -> Option<HeaderAt<'m>> {
+    if let [segment] = chain.readable()
+        && let Some(view) = finder.view(memory, *segment)
+        && let (Ok(header), Ok(frame)) = (view.subslice(0, header_len), view.offset(header_len))
+    {
+        will_read(&view);
+        pieces.push(frame);
+        return Some(HeaderAt::Memory(header));
+    }
+    let mut header = Header::default();
+    let known = header_len.min(size_of::<Header>());
+    let bytes = header.as_mut_bytes().get_mut(..known)?;
+    chain.read_at(memory, 0, bytes).ok()?;
+    let head = header_len as u64;
+    let each = |view| pieces.push(view);
+    let frame = chain.readable_slices(memory, head, chain.readable_len() - head, each);
+    frame.ok().map(|()| HeaderAt::Copied(header))
 }
 
 impl Worker {
     /// Takes a batch and sends it. Whether there was anything.
     fn turn<'m>(&mut self, memory: &'m GuestMemoryMmap, batch: &mut Batch<'m>) -> bool {
-        self.take(batch);
-        if batch.chains.is_empty() {
+        let mut tally = Tally::default();
+        self.take(memory, batch, &mut tally);
+        if batch.taken == 0 {
             return false;
         }
-        let mut tally = Tally::default();
-        batch.pieces.clear();
-        batch.parsed.clear();
-        for chain in &batch.chains {
-            self.parse(
-                chain,
-                memory,
-                &mut batch.pieces,
-                &mut batch.parsed,
-                &mut tally,
-            );
+        let mut frames: SmallVec<[Frame<'_>; MAX_BATCH]> = SmallVec::new();
+        for found in &batch.found {
+            match check_header(found.header.copy(), found.len, self.features) {
+                Ok(header) => {
+                    let pieces = batch.pieces.get(found.at.clone()).unwrap_or_default();
+                    frames.push(Frame::new(header, pieces, found.len));
+                }
+                Err(_) => tally.drop(Drop::BadHeader),
+            }
         }
-        let frames: Vec<Frame<'_>> = batch
-            .parsed
-            .iter()
-            .map(|&(header, from, to, len)| {
-                Frame::new(header, batch.pieces.get(from..to).unwrap_or_default(), len)
-            })
-            .collect();
         if self.link.capture.is_on() {
             for frame in &frames {
                 self.link.capture.frame(frame, Direction::FromGuest);
@@ -156,24 +198,29 @@ impl Worker {
         } else {
             frames.iter().for_each(|_| tally.drop(Drop::LinkDown));
         }
-        // What may have cost something, whether it arrived or not.
-        let bytes = frames.iter().map(|frame| frame.len() as u64).sum();
-        let segments = frames.iter().map(Frame::segments).sum();
-        self.link.limiter.charge_many(segments, bytes);
+        if !self.link.limiter.is_open() {
+            // What may have cost something, whether it arrived or not.
+            let bytes = frames.iter().map(|frame| frame.len() as u64).sum();
+            let segments = frames.iter().map(Frame::segments).sum();
+            self.link.limiter.charge_many(segments, bytes);
+        }
         self.link.stats.sent(&tally);
-        let done = batch.chains.iter().map(|chain| Completion {
+        batch.done.clear();
+        let chains = batch.chains.iter().take(batch.taken);
+        batch.done.extend(chains.map(|chain| Completion {
             head: chain.head(),
             written: 0,
-        });
-        batch.done.clear();
-        batch.done.extend(done);
+        }));
         self.ring.complete(&batch.done);
         true
     }
 
-    /// Takes up to a batch of chains.
-    fn take(&mut self, batch: &mut Batch<'_>) {
-        batch.chains.clear();
+    /// Takes up to a batch of chains, and finds their bytes: those are on their way to this
+    /// processor while the other chains are looked at.
+    fn take<'m>(&mut self, memory: &'m GuestMemoryMmap, batch: &mut Batch<'m>, tally: &mut Tally) {
+        batch.taken = 0;
+        batch.pieces.clear();
+        batch.found.clear();
         self.hold = self.link.limiter.delay();
         if self.hold.is_some() {
             // Only what is there can be held back.
@@ -182,10 +229,16 @@ impl Worker {
             }
             return;
         }
-        while batch.chains.len() < MAX_BATCH {
-            match self.ring.pop() {
-                Ok(Some(chain)) => batch.chains.push(chain),
-                Ok(None) => return,
+        while batch.taken < MAX_BATCH {
+            if batch.taken == batch.chains.len() {
+                batch.chains.push(OwnedChain::empty());
+            }
+            let Some(chain) = batch.chains.get_mut(batch.taken) else {
+                return;
+            };
+            match self.ring.pop_into(chain) {
+                Ok(true) => batch.taken += 1,
+                Ok(false) => return,
                 Err(reason) => {
                     if !std::mem::replace(&mut self.retired, true) {
                         self.link.ring_retired(&reason);
@@ -193,39 +246,20 @@ impl Worker {
                     return;
                 }
             }
-        }
-    }
-
-    fn parse<'m>(
-        &self,
-        chain: &OwnedChain,
-        memory: &'m GuestMemoryMmap,
-        pieces: &mut Vec<VolatileSlice<'m, ()>>,
-        parsed: &mut Vec<(Header, usize, usize, usize)>,
-        tally: &mut Tally,
-    ) {
-        let total = chain.readable_len();
-        let Some(data) = total.checked_sub(self.header_len as u64) else {
-            return tally.drop(Drop::Length);
-        };
-        let Ok(len) = check_len(data) else {
-            return tally.drop(Drop::Length);
-        };
-        let from = pieces.len();
-        if chain
-            .readable_slices(memory, 0, total, |piece| pieces.push(piece))
-            .is_err()
-        {
-            pieces.truncate(from);
-            return tally.drop(Drop::BadChain);
-        }
-        let mut header = Header::default();
-        let known = self.header_len.min(size_of::<Header>());
-        let bytes = header.as_mut_bytes().get_mut(..known);
-        take_front(pieces, from, self.header_len, bytes.unwrap_or_default());
-        match check_header(header, len, self.features) {
-            Ok(header) => parsed.push((header, from, pieces.len(), len)),
-            Err(_) => tally.drop(Drop::BadHeader),
+            let data = chain.readable_len().checked_sub(self.header_len as u64);
+            let Some(Ok(len)) = data.map(check_len) else {
+                tally.drop(Drop::Length);
+                continue;
+            };
+            let from = batch.pieces.len();
+            let (finder, pieces) = (&mut batch.finder, &mut batch.pieces);
+            let Some(header) = find(chain, self.header_len, memory, finder, pieces) else {
+                batch.pieces.truncate(from);
+                tally.drop(Drop::BadChain);
+                continue;
+            };
+            let at = from..batch.pieces.len();
+            batch.found.push(Found { header, at, len });
         }
     }
 
@@ -284,10 +318,13 @@ impl Worker {
         if !budget.is_zero() {
             let start = Instant::now();
             while start.elapsed() < budget {
-                if self.ring.has_more() || wake.stop.is_set() {
-                    return Ok(());
+                // Reading the clock takes longer than looking.
+                for _ in 0..LOOKS {
+                    if self.ring.has_more() || wake.stop.is_set() {
+                        return Ok(());
+                    }
+                    std::hint::spin_loop();
                 }
-                std::hint::spin_loop();
             }
         }
         if self.ring.arm() {

@@ -117,8 +117,8 @@ impl Ring {
 
 impl DeviceRing for Ring {
     #[inline]
-    fn pop(&mut self) -> Result<Option<OwnedChain>, Retire> {
-        either!(self, ring => ring.pop())
+    fn pop_into(&mut self, chain: &mut OwnedChain) -> Result<bool, Retire> {
+        either!(self, ring => ring.pop_into(chain))
     }
 
     fn complete(&mut self, batch: &[Completion]) {

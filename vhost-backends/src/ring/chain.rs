@@ -4,7 +4,10 @@ use super::Retire;
 use pv_abi::limits::MAX_CHAIN_LEN;
 use pv_abi::virtio::Desc;
 use smallvec::SmallVec;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    VolatileSlice,
+};
 
 /// A buffer of the guest, checked to lie in memory when the chain was walked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,9 +49,10 @@ pub struct OwnedChain {
 }
 
 impl OwnedChain {
-    pub(super) fn new(head: u16) -> OwnedChain {
+    /// A chain without buffers, for [`DeviceRing::pop_into`](super::DeviceRing::pop_into).
+    pub fn empty() -> OwnedChain {
         OwnedChain {
-            head,
+            head: 0,
             segments: SmallVec::new(),
             split: 0,
             readable: 0,
@@ -56,10 +60,19 @@ impl OwnedChain {
         }
     }
 
+    /// Begins another chain in the same place.
+    #[inline]
+    pub(super) fn restart(&mut self, head: u16) {
+        self.head = head;
+        self.segments.clear();
+        (self.split, self.readable, self.writable) = (0, 0, 0);
+    }
+
     /// Adds a buffer that a descriptor names; one without bytes is left out.
+    #[inline]
     pub(super) fn take(
         &mut self,
-        mem: &GuestMemoryMmap,
+        (mem, near): (&GuestMemoryMmap, &mut Near),
         addr: u64,
         len: u32,
         writable: bool,
@@ -71,7 +84,9 @@ impl OwnedChain {
         if len == 0 {
             return Ok(());
         }
-        check_buffer(mem, addr, len)?;
+        if !near.has(addr, len) {
+            check_buffer(mem, near, addr, len)?;
+        }
         let bytes = self.readable + self.writable + u64::from(len);
         if bytes > u64::from(u32::MAX) {
             return Err(Retire::TooManyBytes { head });
@@ -81,6 +96,7 @@ impl OwnedChain {
         Ok(())
     }
 
+    #[inline]
     fn push(&mut self, segment: Segment, writable: bool) {
         self.segments.push(segment);
         if writable {
@@ -183,12 +199,75 @@ impl OwnedChain {
     }
 }
 
+/// Regions among which the one of the last buffer is remembered; others are searched for.
+const REMEMBERED: usize = 8;
+
+/// Finds buffers of chains in memory: first in the region where the last one was.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Finder {
+    region: usize,
+}
+
+impl Finder {
+    /// The whole of a buffer as one view; `None` if it takes several.
+    #[inline]
+    pub(crate) fn view<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        segment: Segment,
+    ) -> Option<VolatileSlice<'m, ()>> {
+        let near = memory.iter().nth(self.region);
+        near.and_then(|region| view_in(region, segment))
+            .or_else(|| self.search(memory, segment))
+    }
+
+    #[cold]
+    fn search<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+        segment: Segment,
+    ) -> Option<VolatileSlice<'m, ()>> {
+        let region = memory.find_region(segment.addr)?;
+        let mut remembered = memory.iter().take(REMEMBERED);
+        let index = remembered.position(|other| std::ptr::eq(other, region));
+        self.region = index.unwrap_or(self.region);
+        view_in(region, segment)
+    }
+}
+
+#[inline]
+fn view_in(region: &GuestRegionMmap, segment: Segment) -> Option<VolatileSlice<'_, ()>> {
+    let start = region.to_region_addr(segment.addr)?;
+    GuestMemoryRegion::get_slice(region, start, segment.len as usize).ok()
+}
+
+/// The region in which the last buffer was: nearly always that of the next one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Near {
+    first: u64,
+    /// One behind the last byte, but for a region that ends with the addresses.
+    end: u64,
+}
+
+impl Near {
+    #[inline]
+    fn has(&self, addr: u64, len: u32) -> bool {
+        let end = addr.checked_add(u64::from(len));
+        addr >= self.first && end.is_some_and(|end| end <= self.end)
+    }
+}
+
 /// Whether a buffer lies in memory.
-fn check_buffer(mem: &GuestMemoryMmap, addr: u64, len: u32) -> Result<(), Retire> {
+fn check_buffer(mem: &GuestMemoryMmap, near: &mut Near, addr: u64, len: u32) -> Result<(), Retire> {
     let start = GuestAddress(addr);
-    // Nearly always in one region.
-    if len > 0 && mem.get_slice(start, len as usize).is_ok() {
-        return Ok(());
+    if let Some(region) = mem.find_region(start) {
+        *near = Near {
+            first: region.start_addr().0,
+            end: region.last_addr().0.saturating_add(1),
+        };
+        if near.has(addr, len) {
+            return Ok(());
+        }
     }
     let inside = addr
         .checked_add(u64::from(len))
@@ -221,7 +300,7 @@ pub(super) fn indirect_entries(
     if len == 0 || !len.is_multiple_of(ENTRY) || usize::from(count) > MAX_CHAIN_LEN {
         return Err(bad);
     }
-    check_buffer(mem, addr, len)?;
+    check_buffer(mem, &mut Near::default(), addr, len)?;
     Ok(count)
 }
 

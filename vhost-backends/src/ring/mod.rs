@@ -28,8 +28,10 @@ pub use inflight::{InflightError, InflightLog};
 pub use packed::PackedRing;
 pub use split::{RingConfig, SplitRing};
 
+pub(crate) use chain::Finder;
 pub(crate) use dirty::RingDirty;
 use place::{Mapped, map_part};
+pub(crate) use place::{will_read, will_write};
 
 use vm_memory::GuestAddress;
 
@@ -217,8 +219,15 @@ pub struct Completion {
 
 /// The device's half of a virtqueue.
 pub trait DeviceRing {
+    /// Takes the next chain into `chain`, in the place of what was there. `false` when the driver
+    /// has made no more available: then, and with an error, what is in `chain` is nothing.
+    fn pop_into(&mut self, chain: &mut OwnedChain) -> Result<bool, Retire>;
+
     /// Takes the next chain, or `None` when the driver has made no more available.
-    fn pop(&mut self) -> Result<Option<OwnedChain>, Retire>;
+    fn pop(&mut self) -> Result<Option<OwnedChain>, Retire> {
+        let mut chain = OwnedChain::empty();
+        Ok(self.pop_into(&mut chain)?.then_some(chain))
+    }
 
     /// Gives chains back: writes their used elements, then publishes the index once.
     ///

@@ -4,7 +4,7 @@
 //! ones, and the flags of each say whose it is. A chain is read once, checked, and named by its
 //! buffer id from then on; ids are below the ring's size, as every driver has it.
 
-use super::chain::indirect_entries;
+use super::chain::{Near, indirect_entries};
 use super::crash::{Point, hit};
 use super::dirty::RingDirty;
 use super::inflight::{LoggedDesc, PackedLog, QueueLog};
@@ -143,6 +143,7 @@ pub struct PackedRing {
     /// Whether the driver was asked for kicks.
     armed: bool,
     retired: Option<Retire>,
+    near: Near,
     resubmit: VecDeque<Resubmit>,
     log: Option<PackedLog>,
     dirty: Option<RingDirty>,
@@ -178,6 +179,7 @@ impl PackedRing {
             signalled_valid: false,
             armed: true,
             retired: None,
+            near: Near::default(),
             resubmit: VecDeque::new(),
             log: None,
             dirty: None,
@@ -285,56 +287,64 @@ impl PackedRing {
         Ok(parse_desc(words.map(u64::from_le)))
     }
 
-    fn pop_inner(&mut self) -> Result<Option<OwnedChain>, Retire> {
-        if let Some(old) = self.resubmit.front() {
-            let chain = self.build(old.id, &old.descs)?;
-            self.resubmit.pop_front();
+    #[inline]
+    fn pop_inner(&mut self, chain: &mut OwnedChain) -> Result<bool, Retire> {
+        if let Some(old) = self.resubmit.pop_front() {
+            if let Err(reason) = self.build(old.id, &old.descs, chain) {
+                self.resubmit.push_front(old);
+                return Err(reason);
+            }
             hit(Point::P2);
-            return Ok(Some(chain));
+            return Ok(true);
         }
         let first = self.next_avail;
         if !first.available(self.flags(first.index)?) {
-            return Ok(None);
+            return Ok(false);
         }
-        let descs = self.collect(first.index)?;
+        // Most chains are one descriptor.
+        let one = self.ring_desc(first.index)?;
+        let (single, several);
+        let descs: &[LoggedDesc] = if one.flags & NEXT == 0 {
+            single = [one];
+            &single
+        } else {
+            several = self.collect(one, first.index)?;
+            &several
+        };
         // `collect` takes at most the ring's size.
         let count = descs.len() as u16;
         let id = descs.last().map_or(u16::MAX, |desc| desc.id);
         self.mark_taken(id, count, 0)?;
         let entry = match &mut self.log {
-            Some(log) => log.taken(&descs).ok_or(Retire::RingAccess)?,
+            Some(log) => log.taken(descs).ok_or(Retire::RingAccess)?,
             None => 0,
         };
         if let Some(taken) = self.taken.get_mut(usize::from(id)) {
             taken.entry = entry;
         }
         hit(Point::P1);
-        let chain = match self.build(id, &descs) {
-            Ok(chain) => chain,
-            Err(reason) => {
-                // Not taken: it would be found again at the same place.
-                self.clear_taken(id);
-                if let Some(log) = &self.log {
-                    log.not_taken(entry);
-                }
-                return Err(reason);
+        if let Err(reason) = self.build(id, descs, chain) {
+            // Not taken: it would be found again at the same place.
+            self.clear_taken(id);
+            if let Some(log) = &self.log {
+                log.not_taken(entry);
             }
-        };
+            return Err(reason);
+        }
         hit(Point::P2);
         self.next_avail = first.advanced(count, self.size());
         if std::mem::take(&mut self.armed) {
             // Kicks are of no use while the device is looking anyway.
             self.set_event_flags(DISABLE)?;
         }
-        Ok(Some(chain))
+        Ok(true)
     }
 
-    /// Copies the descriptors of a chain out of the ring.
-    fn collect(&self, first: u16) -> Result<Descs, Retire> {
+    /// Copies the descriptors of a chain out of the ring; `first`, at `index`, was copied already.
+    fn collect(&self, first: LoggedDesc, index: u16) -> Result<Descs, Retire> {
         let mut descs = Descs::new();
-        let mut index = first;
+        let (mut desc, mut index) = (first, index);
         loop {
-            let desc = self.ring_desc(index)?;
             descs.push(desc);
             if desc.flags & NEXT == 0 {
                 return Ok(descs);
@@ -351,17 +361,25 @@ impl PackedRing {
             } else {
                 index + 1
             };
+            desc = self.ring_desc(index)?;
         }
     }
 
     /// Descriptors to a chain, each looked at as it was copied.
-    fn build(&self, id: u16, descs: &[LoggedDesc]) -> Result<OwnedChain, Retire> {
-        let mut chain = OwnedChain::new(id);
+    #[inline]
+    fn build(
+        &mut self,
+        id: u16,
+        descs: &[LoggedDesc],
+        chain: &mut OwnedChain,
+    ) -> Result<(), Retire> {
+        chain.restart(id);
         let mut total = 0;
         for desc in descs {
             if desc.flags & INDIRECT == 0 {
                 total += 1;
-                chain.take(&self.mem, desc.addr, desc.len, desc.flags & WRITE != 0)?;
+                let place = (&*self.mem, &mut self.near);
+                chain.take(place, desc.addr, desc.len, desc.flags & WRITE != 0)?;
                 continue;
             }
             let more = desc.flags & NEXT != 0;
@@ -374,13 +392,14 @@ impl PackedRing {
                 if inner.flags & INDIRECT != 0 {
                     return Err(Retire::NestedIndirect);
                 }
-                chain.take(&self.mem, inner.addr, inner.len, inner.flags & WRITE != 0)?;
+                let place = (&*self.mem, &mut self.near);
+                chain.take(place, inner.addr, inner.len, inner.flags & WRITE != 0)?;
             }
         }
         if total > MAX_CHAIN_LEN {
             return Err(Retire::TooLong { head: id });
         }
-        Ok(chain)
+        Ok(())
     }
 
     fn mark_taken(&mut self, id: u16, count: u16, entry: u16) -> Result<(), Retire> {
@@ -549,16 +568,17 @@ impl PackedRing {
 }
 
 impl DeviceRing for PackedRing {
-    fn pop(&mut self) -> Result<Option<OwnedChain>, Retire> {
+    #[inline]
+    fn pop_into(&mut self, chain: &mut OwnedChain) -> Result<bool, Retire> {
         if let Some(reason) = self.retired {
             return Err(reason);
         }
-        match self.pop_inner() {
-            Ok(chain) => {
-                if let (Some(dirty), Some(chain)) = (&mut self.dirty, &chain) {
+        match self.pop_inner(chain) {
+            Ok(taken) => {
+                if taken && let Some(dirty) = &mut self.dirty {
                     dirty.taken(chain);
                 }
-                Ok(chain)
+                Ok(taken)
             }
             Err(reason) => Err(*self.retired.get_or_insert(reason)),
         }

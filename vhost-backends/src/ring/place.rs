@@ -3,11 +3,13 @@
 // UNSAFETY: atomic accesses to memory of a guest, found once and not again for each access.
 
 use super::{Retire, RingError, RingPart};
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
+};
 
 /// A part of a ring in memory of ours.
 #[derive(Debug)]
@@ -79,6 +81,32 @@ impl Mapped {
         // SAFETY: as in `load16`. Ordering: Relaxed, what published it was acquired.
         let value = unsafe { self.at::<AtomicU64>(offset)?.as_ref() }.load(Ordering::Relaxed);
         Ok(u64::from_le(value))
+    }
+}
+
+/// Bytes that the processor fetches together.
+const LINE: usize = 64;
+
+/// Asks the processor for the start of a buffer that will be read soon: a header, and what comes
+/// behind it.
+#[inline]
+pub(crate) fn will_read(view: &VolatileSlice<'_, ()>) {
+    fetch::<_MM_HINT_T0>(view);
+}
+
+/// Asks the processor for the start of a buffer that will be written soon.
+#[inline]
+pub(crate) fn will_write(view: &VolatileSlice<'_, ()>) {
+    fetch::<_MM_HINT_ET0>(view);
+}
+
+#[inline]
+fn fetch<const HINT: i32>(view: &VolatileSlice<'_, ()>) {
+    let start: *const i8 = view.ptr_guard().as_ptr().cast();
+    // SAFETY: hints that read nothing, whatever is there; SSE is there on every x86-64.
+    unsafe {
+        _mm_prefetch::<HINT>(start);
+        _mm_prefetch::<HINT>(start.wrapping_add(LINE));
     }
 }
 

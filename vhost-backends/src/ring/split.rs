@@ -6,7 +6,7 @@
 //! malformed chain, logs each one and follows indirect tables of 65,535 entries), the used ring
 //! (it publishes element by element), and the test whether to signal (it ignores `NO_INTERRUPT`).
 
-use super::chain::indirect_entries;
+use super::chain::{Near, indirect_entries};
 use super::crash::{Point, hit};
 use super::dirty::RingDirty;
 use super::inflight::{QueueLog, SplitLog};
@@ -73,6 +73,7 @@ pub struct SplitRing {
     in_flight: Vec<u64>,
     in_flight_count: usize,
     retired: Option<Retire>,
+    near: Near,
     /// Heads that the last process had in flight: given out before new ones.
     resubmit: VecDeque<u16>,
     log: Option<SplitLog>,
@@ -140,6 +141,7 @@ impl SplitRing {
             in_flight: vec![0; usize::from(size).div_ceil(64)],
             in_flight_count: 0,
             retired: None,
+            near: Near::default(),
             resubmit: VecDeque::new(),
             log: None,
             dirty: None,
@@ -222,12 +224,13 @@ impl SplitRing {
         Err(*self.retired.get_or_insert(reason))
     }
 
-    fn pop_inner(&mut self) -> Result<Option<OwnedChain>, Retire> {
-        if let Some(head) = self.resubmit.front() {
-            let chain = self.walk(*head)?;
+    #[inline]
+    fn pop_inner(&mut self, chain: &mut OwnedChain) -> Result<bool, Retire> {
+        if let Some(head) = self.resubmit.front().copied() {
+            self.walk(head, chain)?;
             self.resubmit.pop_front();
             hit(Point::P2);
-            return Ok(Some(chain));
+            return Ok(true);
         }
         let next = self.queue.next_avail();
         if next == self.known_avail {
@@ -240,7 +243,7 @@ impl SplitRing {
                 return Err(Retire::AvailJump { moved, size });
             }
             if moved == 0 {
-                return Ok(None);
+                return Ok(false);
             }
             self.known_avail = avail;
         }
@@ -262,16 +265,13 @@ impl SplitRing {
             log.taken(head);
         }
         hit(Point::P1);
-        let chain = match (self.walk(head), &self.log) {
-            (Ok(chain), _) => chain,
-            (Err(reason), log) => {
-                // Not taken: it would be found again at the same place.
-                if let Some(log) = log {
-                    log.given_back(head);
-                }
-                return Err(reason);
+        if let Err(reason) = self.walk(head, chain) {
+            // Not taken: it would be found again at the same place.
+            if let Some(log) = &self.log {
+                log.given_back(head);
             }
-        };
+            return Err(reason);
+        }
         hit(Point::P2);
         self.queue.set_next_avail(next.wrapping_add(1));
         self.set_in_flight(head, true);
@@ -279,10 +279,10 @@ impl SplitRing {
         // stopped: the index has passed the event.
         if self.event_idx {
             self.armed = false;
-        } else {
+        } else if self.armed {
             self.disarm_inner()?;
         }
-        Ok(Some(chain))
+        Ok(true)
     }
 
     fn disarm_inner(&mut self) -> Result<(), Retire> {
@@ -307,8 +307,21 @@ impl SplitRing {
 
     /// Walks a chain once. Every descriptor is copied before it is looked at, so a driver that
     /// changes it meanwhile changes nothing here.
-    fn walk(&self, head: u16) -> Result<OwnedChain, Retire> {
-        let mut chain = OwnedChain::new(head);
+    #[inline]
+    fn walk(&mut self, head: u16, chain: &mut OwnedChain) -> Result<(), Retire> {
+        chain.restart(head);
+        let desc = self.descriptor(None, head)?;
+        if desc.flags & (desc_flag::NEXT | desc_flag::INDIRECT) == 0 {
+            let writable = desc.flags & desc_flag::WRITE != 0;
+            return chain.take((&self.mem, &mut self.near), desc.addr, desc.len, writable);
+        }
+        self.walk_on(desc, chain)
+    }
+
+    /// Walks on from a chain's first descriptor.
+    fn walk_on(&mut self, first: Desc, chain: &mut OwnedChain) -> Result<(), Retire> {
+        let head = chain.head();
+        let mut first = Some(first);
         let (mut table, mut count, mut indirect) = (None, self.size, false);
         // Descriptors taken from this table, and from both.
         let (mut taken, mut total) = (0u16, 0usize);
@@ -317,7 +330,10 @@ impl SplitRing {
             if taken >= count {
                 return Err(Retire::Loop { head });
             }
-            let desc = self.descriptor(table, next)?;
+            let desc = match first.take() {
+                Some(first) => first,
+                None => self.descriptor(table, next)?,
+            };
             taken += 1;
             if desc.flags & desc_flag::INDIRECT != 0 {
                 if indirect {
@@ -335,9 +351,9 @@ impl SplitRing {
                 return Err(Retire::TooLong { head });
             }
             let writable = desc.flags & desc_flag::WRITE != 0;
-            chain.take(&self.mem, desc.addr, desc.len, writable)?;
+            chain.take((&self.mem, &mut self.near), desc.addr, desc.len, writable)?;
             if desc.flags & desc_flag::NEXT == 0 {
-                return Ok(chain);
+                return Ok(());
             }
             if desc.next >= count {
                 return Err(Retire::BadNext { next: desc.next });
@@ -458,16 +474,17 @@ impl SplitRing {
 }
 
 impl DeviceRing for SplitRing {
-    fn pop(&mut self) -> Result<Option<OwnedChain>, Retire> {
+    #[inline]
+    fn pop_into(&mut self, chain: &mut OwnedChain) -> Result<bool, Retire> {
         if let Some(reason) = self.retired {
             return Err(reason);
         }
-        match self.pop_inner() {
-            Ok(chain) => {
-                if let (Some(dirty), Some(chain)) = (&mut self.dirty, &chain) {
+        match self.pop_inner(chain) {
+            Ok(taken) => {
+                if taken && let Some(dirty) = &mut self.dirty {
                     dirty.taken(chain);
                 }
-                Ok(chain)
+                Ok(taken)
             }
             Err(reason) => self.retire(reason),
         }
