@@ -5,13 +5,16 @@
 //! Every figure is the median over the rounds; each case ends with the ratio of ours to DPDK's and
 //! the bar that it is held against. Figures of different runs are not comparable.
 
+mod latency;
 mod programs;
 
 use clap::Parser;
-use programs::{Backend, Case, Figures, run};
+use latency::{Latency, Plan};
+use programs::{Backend, Case, Figures, Peer, ping, run};
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 #[derive(Debug, Parser)]
 struct Cli {
@@ -59,7 +62,7 @@ fn enter() -> Result<ExitCode, Box<dyn Error>> {
     })
 }
 
-const CASES: [(&str, Case, f64); 6] = [
+const CASES: [(&str, Case, f64); 8] = [
     (
         "memory, guest sends",
         Case::MemorySend { packed: false },
@@ -80,6 +83,12 @@ const CASES: [(&str, Case, f64); 6] = [
         Case::MemoryForward { packed: true },
         0.7,
     ),
+    ("switch, two guests", Case::Joined { packed: false }, 0.7),
+    (
+        "switch, two guests, packed",
+        Case::Joined { packed: true },
+        0.7,
+    ),
     ("tap, guest sends", Case::TapSend, 1.0),
     ("tap, guest receives", Case::TapReceive, 1.0),
 ];
@@ -97,7 +106,7 @@ fn compare(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
         cli.rounds
     );
     println!(
-        "{:<32} {:>12} {:>12} {:>7} {:>5}  kicks, calls and sleeps per 1000 packets",
+        "{:<32} {:>12} {:>12} {:>7} {:>5}  pv-netd, for each packet",
         "", "pv-netd", "net_vhost", "ratio", "bar"
     );
     for (name, case, bar) in CASES.iter().filter(|(name, ..)| name.contains(&cli.only)) {
@@ -124,9 +133,75 @@ fn compare(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
             a.signals.unwrap_or_default()
         );
     }
+    latencies(cli, &daemon, dir.path())?;
     let idle = programs::idle(&daemon, dir.path())?;
     println!("processor time of pv-netd with an idle frontend: {idle:.2} % of one processor");
     Ok(ExitCode::SUCCESS)
+}
+
+/// Ports, packets, and the pause before each: none, so that a backend that polls for a moment is
+/// still awake, and one after which it sleeps.
+const PINGS: [(&str, Peer, Plan); 4] = [
+    ("loopback", Peer::Loopback, WITHOUT_PAUSE),
+    ("switch", Peer::Switch, WITHOUT_PAUSE),
+    ("loopback, after 1 ms", Peer::Loopback, AFTER_PAUSE),
+    ("switch, after 1 ms", Peer::Switch, AFTER_PAUSE),
+];
+const WITHOUT_PAUSE: Plan = Plan {
+    packets: 50_000,
+    pause: Duration::ZERO,
+};
+const AFTER_PAUSE: Plan = Plan {
+    packets: 500,
+    pause: Duration::from_millis(1),
+};
+
+fn latencies(cli: &Cli, daemon: &Path, dir: &Path) -> Result<(), Box<dyn Error>> {
+    println!();
+    println!("one packet, from a guest to a guest; microseconds, the median turn's");
+    println!(
+        "{:<32} {:>17} {:>17} {:>7}",
+        "", "pv-netd p50/p99", "net_vhost p50/p99", "ratio"
+    );
+    // The frontend's processor, as in the other cases.
+    processors("1")?;
+    let wanted = |name: &str| format!("latency, {name}").contains(&cli.only);
+    for (name, peer, plan) in PINGS.iter().filter(|(name, ..)| wanted(name)) {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..cli.rounds {
+            ours.push(ping(Backend::Ours(daemon), *peer, *plan, dir)?);
+            theirs.push(ping(Backend::Dpdk, *peer, *plan, dir)?);
+        }
+        let (a, b) = (middle(&mut ours), middle(&mut theirs));
+        println!(
+            "latency, {name:<23} {:>8.1} {:>8.1} {:>8.1} {:>8.1} {:>7.2}  {:.3} kicks a packet",
+            a.p50,
+            a.p99,
+            b.p50,
+            b.p99,
+            a.p50 / b.p50.max(1e-9),
+            a.kicks
+        );
+    }
+    processors("0-1")
+}
+
+/// Keeps this program's thread on these processors.
+fn processors(list: &str) -> Result<(), Box<dyn Error>> {
+    let own = std::process::id().to_string();
+    let output = Command::new("taskset")
+        .args(["-p", "-c", list, &own])
+        .output()?;
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err("taskset does not move this program".into())
+    }
+}
+
+fn middle(turns: &mut [Latency]) -> Latency {
+    turns.sort_by(|a, b| a.p50.total_cmp(&b.p50));
+    turns.get(turns.len() / 2).copied().unwrap_or_default()
 }
 
 fn median(figures: &[Figures]) -> Figures {
