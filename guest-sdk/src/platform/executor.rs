@@ -6,8 +6,11 @@ use alloc::sync::Arc;
 use alloc::task::Wake;
 use core::future::Future;
 use core::pin::pin;
+#[cfg(not(loom))]
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::task::{Context, Poll, Waker};
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicBool, Ordering};
 
 /// Runs a future on this vCPU, and idles whenever it has nothing to do.
 ///
@@ -62,7 +65,7 @@ impl<P: Platform> Wake for Signal<P> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::block_on;
     use crate::fake::Fake;

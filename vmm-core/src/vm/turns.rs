@@ -1,13 +1,22 @@
 //! Whose turn it is: what the embedder wants of the vCPUs, and where each vCPU's thread is.
 //!
 //! A vCPU's thread takes a turn before it enters the guest and before it serves what the guest asked
-//! for. Mostly nothing else is wanted, and a turn is one store and one load; who wants a halt stores
-//! that and then looks at the places, so one of the two always sees the other.
+//! for. Mostly nothing else is wanted, and a turn is one store and one load, with a fence in between;
+//! who wants a halt stores that, fences and looks at the places, so one of the two always sees the
+//! other. `tests/loom` runs this file under every order that the memory model allows, and gives it
+//! the atomics and locks for that.
 
 use crate::accel::StartState;
 use crate::limits::RUN_LOOK;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU8, Ordering, fence};
+#[cfg(loom)]
+use loom::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::PoisonError;
+#[cfg(not(loom))]
+use std::sync::atomic::{AtomicU8, Ordering, fence};
+#[cfg(not(loom))]
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// What is wanted of all vCPUs.
@@ -88,15 +97,17 @@ impl Turns {
     }
 
     fn wants(&self, want: Want) -> bool {
-        // Ordering: SeqCst, for `turn`.
-        self.want.load(Ordering::SeqCst) == want as u8
+        // Ordering: Acquire pairs with the Release in `set_want`; `turn` has the fence that it needs.
+        self.want.load(Ordering::Acquire) == want as u8
     }
 
     fn set_want(&self, from: Option<Want>, to: Want) {
         let guard = self.lock();
         if from.is_none_or(|from| self.wants(from)) {
-            // Ordering: SeqCst, for `turn`.
-            self.want.store(to as u8, Ordering::SeqCst);
+            // Ordering: Release, for `wants`.
+            self.want.store(to as u8, Ordering::Release);
+            // Ordering: SeqCst, for `turn`: the places are looked at after this.
+            fence(Ordering::SeqCst);
         }
         drop(guard);
         self.changed.notify_all();
@@ -106,16 +117,17 @@ impl Turns {
     fn announce(&self, vcpu: usize, place: Place) {
         let guard = self.lock();
         if let Some(slot) = self.places.get(vcpu) {
-            slot.store(place as u8, Ordering::SeqCst);
+            // Ordering: Release, for `all`.
+            slot.store(place as u8, Ordering::Release);
         }
         drop(guard);
         self.changed.notify_all();
     }
 
     fn all(&self, is: impl Fn(u8) -> bool) -> bool {
-        // Ordering: SeqCst, for `turn`.
+        // Ordering: Acquire, so that what a thread did before it halted is seen.
         let mut places = self.places.iter();
-        places.all(|place| is(place.load(Ordering::SeqCst)))
+        places.all(|place| is(place.load(Ordering::Acquire)))
     }
 
     /// Nothing shall run any more.
@@ -143,10 +155,12 @@ impl Turns {
         let Some(place) = self.places.get(vcpu) else {
             return false;
         };
-        // Ordering: a SeqCst store and then a SeqCst load, as `set_want` and then `all` are for who
-        // wants a halt. In the one order of these four, a place that was seen before this store means
-        // a want that is seen by this load.
-        place.store(step as u8, Ordering::SeqCst);
+        // Ordering: Release, for `all`.
+        place.store(step as u8, Ordering::Release);
+        // Ordering: SeqCst between this store and the load, as there is one between the store in
+        // `set_want` and the loads in `all`. Whichever of the two fences comes first, a place that was
+        // seen as it was before this store means a want that is seen here.
+        fence(Ordering::SeqCst);
         if self.wants(Want::Run) {
             return true;
         }
@@ -156,10 +170,11 @@ impl Turns {
                 return false;
             }
             if self.wants(Want::Run) {
-                place.store(step as u8, Ordering::SeqCst);
+                // Ordering: Release, for `all`; who looks holds the lock, here and below.
+                place.store(step as u8, Ordering::Release);
                 return true;
             }
-            place.store(Place::Parked as u8, Ordering::SeqCst);
+            place.store(Place::Parked as u8, Ordering::Release);
             self.changed.notify_all();
             guard = self.wait(guard, None);
         }
@@ -204,10 +219,11 @@ impl Turns {
         let (Some(place), Some(start)) = (self.places.get(vcpu), starts.get_mut(vcpu)) else {
             return false;
         };
-        if place.load(Ordering::SeqCst) != Place::Unborn as u8 {
+        // Ordering: Relaxed, until its thread is started a place is stored to under the lock only.
+        if place.load(Ordering::Relaxed) != Place::Unborn as u8 {
             return false;
         }
-        place.store(Place::Starting as u8, Ordering::SeqCst);
+        place.store(Place::Starting as u8, Ordering::Release);
         *start = Some(state);
         drop(starts);
         self.changed.notify_all();
@@ -244,7 +260,7 @@ impl Turns {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicU32;
