@@ -248,6 +248,16 @@ pub fn children_of(pid: u32) -> Vec<u32> {
     children
 }
 
+/// Whether there is such a process, and it has not ended.
+pub fn alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // A zombie that nobody has waited for yet is dead.
+    let state = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.trim_start().chars().next());
+    state.is_some_and(|s| s != 'Z' && s != 'X')
+}
+
 /// Waits for something that takes a moment.
 ///
 /// # Panics

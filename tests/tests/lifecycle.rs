@@ -1,7 +1,7 @@
 //! VMs come and go: many in one process, dropped in any state, killed with their VMM.
 
 use paravane_tests::{
-    accels, alone, beside, blank_image, children_of, disk, patience, suite_vm, wait_until,
+    accels, alive, alone, beside, blank_image, children_of, disk, patience, suite_vm, wait_until,
 };
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -12,15 +12,6 @@ use vmm_core::{
     Accel, BuildError, ExitReason, FaultClass, Image, ImageError, NetConfig, Violation, VmBuilder,
     VmError,
 };
-
-fn alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // A zombie that nobody has waited for yet is dead.
-    let state = stat
-        .rsplit_once(')')
-        .and_then(|(_, rest)| rest.trim_start().chars().next());
-    state.is_some_and(|s| s != 'Z' && s != 'X')
-}
 
 #[test]
 fn many_vms_in_one_process() {

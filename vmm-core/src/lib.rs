@@ -22,7 +22,7 @@
 //! ```
 //!
 //! The library never prints, never exits, and installs no signal handler. It starts threads of its
-//! own (one per vCPU, the first of them in `build`; one per backend; one for in-process devices), and
+//! own (one per vCPU, the first of them in `build`; one per backend; one for in-process devices; one for [`Spares`] and one for each of them), and
 //! on kvm it sends its vCPU threads the real-time signal `SIGRTMIN + 7`, blocked in those threads and
 //! admitted only inside `KVM_RUN`. On process, and for spawned backends, it has child processes: an
 //! embedder that waits for *any* child (`waitpid(-1)`) must do so with `__WNOTHREAD`, or it takes their
@@ -49,6 +49,7 @@ pub mod limits;
 mod memory;
 mod vm;
 
+pub use accel::process::{SpareCounts, Spares};
 pub use accel::{Accel, AccelError, SandboxReport};
 pub use device::block::BlockConfig;
 pub use device::net::NetConfig;

@@ -74,3 +74,13 @@ pub const RUN_LOOK: Duration = Duration::from_micros(100);
 pub const CLOCK_UPDATE: Duration = Duration::from_secs(2);
 /// How long the sandboxed process may take to report that it is ready.
 pub const STUB_READY_TIMEOUT: Duration = Duration::from_secs(20);
+/// Spare processes that one [`Spares`](crate::Spares) keeps; each has a process, a thread and two
+/// descriptors. A burst of more VMs than this starts its own.
+pub const MAX_SPARES: usize = 64;
+/// How long after a VM took a spare process the next one is made: by then the VM runs, and does not
+/// share its processors with that.
+pub const SPARE_DELAY: Duration = Duration::from_millis(2);
+/// Pauses before a spare process is made again that was lost or could not be made: first and longest.
+/// They double from loss to loss, until a VM takes one.
+pub const SPARE_PAUSE: (Duration, Duration) =
+    (Duration::from_millis(10), Duration::from_millis(1000));

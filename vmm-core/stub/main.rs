@@ -1,8 +1,9 @@
 //! The stub: what a sandboxed guest's process is before it is the guest.
 //!
-//! Executed from a memfd into a clean address space. It waits until the VMM watches it, confines
-//! itself, maps guest memory at guest-physical addresses, closes what it no longer needs, starts
-//! the vCPU threads, and ends in the gate's finish code, which unmaps the stub itself, installs the
+//! Executed from a memfd into a clean address space, with a socket and nothing else. It confines
+//! itself, says so, and waits until it is watched and told what to become; spare ones do that for
+//! long. Then it maps guest memory at guest-physical addresses, starts the vCPU threads, closes what
+//! it no longer needs, and ends in the gate's finish code, which unmaps the stub itself, installs the
 //! system-call filter and parks. Freestanding: no allocator, no libc, no panics.
 #![no_std]
 #![no_main]
@@ -13,13 +14,13 @@
 mod wire;
 
 use core::arch::{asm, global_asm};
+use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicU32, Ordering};
 use wire::*;
 
 global_asm!(
     ".globl _start",
     "_start:",
-    "mov rdi, rsp",
     "and rsp, -16",
     "call {main}",
     "ud2",
@@ -51,9 +52,12 @@ global_asm!(
 );
 
 mod nr {
+    pub const CLOSE: usize = 3;
     pub const MMAP: usize = 9;
     pub const RT_SIGACTION: usize = 13;
     pub const RT_SIGPROCMASK: usize = 14;
+    pub const SENDTO: usize = 44;
+    pub const RECVMSG: usize = 47;
     pub const CAPSET: usize = 126;
     pub const SIGALTSTACK: usize = 131;
     pub const PRCTL: usize = 157;
@@ -78,96 +82,147 @@ unsafe fn syscall(number: usize, a: [usize; 6]) -> isize {
     result
 }
 
-unsafe fn fail(setup: *mut Setup, step: u32, result: isize) -> ! {
-    // SAFETY: `setup` is the shared mapping.
+unsafe fn fail(step: u32, result: isize) -> ! {
+    // SAFETY: ends the process, whether or not the VMM can be told why.
     unsafe {
-        core::ptr::write_volatile(&raw mut (*setup).failed_step, step);
-        core::ptr::write_volatile(&raw mut (*setup).failed_errno, -result as u32);
+        tell(FAILED, step | (-result as u32) << 16);
+        exit()
+    }
+}
+
+unsafe fn exit() -> ! {
+    // SAFETY: ends the process.
+    unsafe {
         syscall(nr::EXIT_GROUP, [EXIT_FAILED as usize, 0, 0, 0, 0, 0]);
         asm!("ud2", options(noreturn));
     }
 }
 
-/// The kernel's start stack: argc, argv[0], argv[1], ...; argv[1] is the first descriptor.
-unsafe extern "C" fn stub_main(stack: *const usize) -> ! {
-    // SAFETY: the VMM passes two arguments and a set-up memfd at the descriptor they name; all
-    // calls below are made with memory that it describes.
+unsafe fn tell(kind: u32, value: u32) {
+    let head = Head { kind, value };
+    // SAFETY: eight bytes that live here. Without a VMM there is nobody to hear it.
     unsafe {
-        let mut text = *stack.add(2) as *const u8;
-        let mut base = 0usize;
-        while *text != 0 {
-            base = base * 10 + (*text - b'0') as usize;
-            text = text.add(1);
-        }
-        // The first descriptor is the set-up memfd; its head says how large the rest is.
-        let head = map_setup(base, core::mem::size_of::<Setup>());
-        let setup = map_setup(base, setup_len((*head).vcpus)) as *mut Setup;
+        let flags = 0x4000; // MSG_NOSIGNAL
+        syscall(nr::SENDTO, [SOCKET, &raw const head as usize, 8, flags, 0, 0]);
+    }
+}
 
-        let go = AtomicU32::from_ptr(&raw mut (*setup).go);
-        while go.load(Ordering::Acquire) == 0 {
-            let address = &raw mut (*setup).go as usize;
-            syscall(nr::FUTEX, [address, 0, 0, 0, 0, 0]);
-        }
+unsafe extern "C" fn stub_main() -> ! {
+    let mut setup = MaybeUninit::<Setup>::uninit();
+    // SAFETY: the VMM left a socket, and says what to do on it; all calls below are made with memory
+    // that it describes.
+    unsafe {
         let none = 0u64;
         syscall(nr::RT_SIGPROCMASK, [2, &raw const none as usize, 0, 8, 0, 0]);
-        confine(setup);
+        tell(CONFINED, confine());
+        let handlers = receive(setup.as_mut_ptr());
+        let setup = setup.assume_init_ref();
         // The last map is the fault handlers' stacks, for guests that report their own faults.
-        let handlers = (*setup).self_report != 0;
-        for i in 0..(*setup).map_count as usize - !handlers as usize {
-            let map = *(&raw const (*setup).maps).cast::<Map>().add(i);
+        for i in 0..setup.map_count as usize - !handlers as usize {
+            let map = *(&raw const setup.maps).cast::<Map>().add(i);
             // MAP_SHARED | MAP_FIXED_NOREPLACE
             let flags = 0x01 | 0x10_0000;
             let at = map.gpa as usize;
-            let fd = base + map.fd as usize;
+            let fd = FIRST_FD + map.fd as usize;
             let got = syscall(
                 nr::MMAP,
                 [at, map.len as usize, map.prot as usize, flags, fd, map.offset as usize],
             );
             if got != at as isize {
-                fail(setup, STEP_MAP, got);
+                fail(STEP_MAP, got);
             }
         }
-        let first_event = base + (*setup).event_fds as usize;
-        syscall(nr::CLOSE_RANGE, [0, first_event - 1, 0, 0, 0, 0]);
+        close_holes(setup);
         if handlers {
             install_handlers(setup);
         }
-        start_threads(setup);
-        let result = syscall(nr::ARCH_PRCTL, [0x1001, (*setup).vcpu_pages as usize, 0, 0, 0, 0]);
+        start_threads(setup, handlers);
+        let result = syscall(nr::ARCH_PRCTL, [0x1001, setup.vcpu_pages as usize, 0, 0, 0, 0]);
         if result != 0 {
-            fail(setup, STEP_GS_BASE, result);
+            fail(STEP_GS_BASE, result);
         }
+        // Nothing fails from here on but in ways that end the process.
+        let first_event = FIRST_FD + setup.event_fds as usize;
+        syscall(nr::CLOSE_RANGE, [0, first_event - 1, 0, 0, 0, 0]);
         // The others must have left this code before it is unmapped.
-        for vcpu in 1..(*setup).vcpus as u64 {
-            let address = (*setup).vcpu_pages + vcpu * 4096 + (*setup).ready_offset;
+        for vcpu in 1..setup.vcpus as u64 {
+            let address = setup.vcpu_pages + vcpu * 4096 + setup.ready_offset;
             let ready = AtomicU32::from_ptr(address as *mut u32);
             while ready.load(Ordering::Acquire) == 0 {
                 syscall(nr::FUTEX, [address as usize, 0, 0, 0, 0, 0]);
             }
         }
-        let start = (*setup).unmap_start;
-        let len = (*setup).unmap_end - start;
-        let (finish, filter) = ((*setup).finish, (*setup).filter);
+        let start = setup.unmap_start;
+        let len = setup.unmap_end - start;
+        let (finish, filter) = (setup.finish, setup.filter);
         asm!("jmp {}", in(reg) finish, in("rdi") start, in("rsi") len, in("rdx") filter,
             options(noreturn));
     }
 }
 
-unsafe fn map_setup(fd: usize, len: usize) -> *mut Setup {
-    // SAFETY: a fresh mapping.
-    let at = unsafe { syscall(nr::MMAP, [0, len, 3, 1, fd, 0]) };
-    if at < 0 {
-        // SAFETY: ends the process.
-        unsafe {
-            syscall(nr::EXIT_GROUP, [EXIT_FAILED as usize, 0, 0, 0, 0, 0]);
-            asm!("ud2", options(noreturn));
+/// Waits for the supervisor's word, the set-up and its descriptors; whether to install handlers.
+unsafe fn receive(setup: *mut Setup) -> bool {
+    let mut handlers = None;
+    let mut missing = None;
+    let mut next = FIRST_FD;
+    let mut head = Head { kind: 0, value: 0 };
+    // A control message's header, and room for as many descriptors as one brings.
+    let mut control = MaybeUninit::<[u64; 2 + FDS_AT_ONCE / 2]>::uninit();
+    // SAFETY: all buffers live here or are the caller's, with their true lengths. The first message
+    // with descriptors has the set-up, whose structure is plain integers.
+    unsafe {
+        while handlers.is_none() || missing.is_none_or(|fds| next < FIRST_FD + fds) {
+            let parts = [
+                &raw mut head as usize,
+                size_of::<Head>(),
+                setup as usize,
+                size_of::<Setup>(),
+            ];
+            // struct msghdr: name, its length, parts, how many, control, its length, flags.
+            let room = size_of_val(&control);
+            let mut message =
+                [0, 0, &raw const parts as usize, 2, control.as_mut_ptr() as usize, room, 0];
+            let got = syscall(nr::RECVMSG, [SOCKET, &raw mut message as usize, 0, 0, 0, 0]);
+            if got == -4 {
+                continue; // EINTR
+            }
+            if got == 0 {
+                exit(); // There is no VMM any more.
+            }
+            // MSG_CTRUNC | MSG_TRUNC
+            if got < size_of::<Head>() as isize || message[6] & 0x28 != 0 {
+                fail(STEP_SETUP, got.min(0));
+            }
+            if message[5] >= 20 {
+                // Nothing else opens anything, so they have the lowest numbers, in their order.
+                let length = (&raw const control).cast::<usize>().read();
+                next += (length - 16) / 4;
+            }
+            match head.kind {
+                WATCHED => handlers = Some(head.value != 0),
+                SETUP => missing = Some(head.value as usize),
+                _ => {}
+            }
         }
     }
-    at as *mut Setup
+    handlers == Some(true)
+}
+
+unsafe fn close_holes(setup: &Setup) {
+    let first = FIRST_FD + setup.kicks as usize;
+    for (word, bits) in setup.holes.iter().enumerate() {
+        let mut left = *bits;
+        while left != 0 {
+            let fd = first + word * 64 + left.trailing_zeros() as usize;
+            // SAFETY: closes what only filled a place.
+            unsafe { syscall(nr::CLOSE, [fd, 0, 0, 0, 0, 0]) };
+            left &= left - 1;
+        }
+    }
 }
 
 /// Layers that the filter does not need but that hold if it should not.
-unsafe fn confine(setup: *mut Setup) {
+unsafe fn confine() -> u32 {
     let mut layers = 0;
     // SAFETY: all structures live on this stack; the calls change this process only.
     unsafe {
@@ -213,48 +268,55 @@ unsafe fn confine(setup: *mut Setup) {
         if syscall(nr::CAPSET, args) == 0 {
             layers |= LAYER_NO_CAPS;
         }
-        core::ptr::write_volatile(&raw mut (*setup).layers, layers);
     }
+    layers
 }
 
 /// Without ptrace: faults arrive in the gate's handler, on a stack of their own.
-unsafe fn install_handlers(setup: *mut Setup) {
+unsafe fn install_handlers(setup: &Setup) {
     // SAFETY: the handler is in the gate, which is mapped; it never returns, so the restorer that
     // the ABI wants is never used.
     unsafe {
         // struct kernel_sigaction: handler, flags (SIGINFO | ONSTACK | RESTORER), restorer, mask.
-        let action = [(*setup).fault_handler, 0x4 | 0x0800_0000 | 0x0400_0000, (*setup).park, !0];
+        let action = [setup.fault_handler, 0x4 | 0x0800_0000 | 0x0400_0000, setup.park, !0];
         // ILL, TRAP, BUS, FPE, SEGV, SYS
         for signal in [4, 5, 7, 8, 11, 31] {
             let args = [signal, &raw const action as usize, 0, 8, 0, 0];
             let result = syscall(nr::RT_SIGACTION, args);
             if result != 0 {
-                fail(setup, STEP_SIGNALS, result);
+                fail(STEP_SIGNALS, result);
             }
         }
-        let own = [(*setup).fault_stacks, 0, (*setup).fault_stack_len];
+        let own = [setup.fault_stacks, 0, setup.fault_stack_len];
         let result = syscall(nr::SIGALTSTACK, [&raw const own as usize, 0, 0, 0, 0, 0]);
         if result != 0 {
-            fail(setup, STEP_SIGNALS, result);
+            fail(STEP_SIGNALS, result);
         }
     }
 }
 
-unsafe fn start_threads(setup: *mut Setup) {
-    // SAFETY: every thread gets a stack of its own behind the set-up structure, and uses no more
-    // of it than its stack_t.
+unsafe fn start_threads(setup: &Setup, handlers: bool) {
+    // SAFETY: every thread gets a stack of its own, which goes with the rest of the stub, and uses no
+    // more of it than its stack_t.
     unsafe {
-        let vcpus = (*setup).vcpus as usize;
-        let stacks = setup as usize + setup_len(0);
+        let vcpus = setup.vcpus as usize;
+        if vcpus == 1 {
+            return;
+        }
+        // MAP_PRIVATE | MAP_ANONYMOUS
+        let stacks = syscall(nr::MMAP, [0, vcpus * THREAD_STACK, 3, 0x22, usize::MAX, 0]);
+        if stacks < 0 {
+            fail(STEP_CLONE, stacks);
+        }
         for vcpu in 1..vcpus {
-            let top = stacks + (vcpu + 1) * THREAD_STACK;
-            let page = (*setup).vcpu_pages as usize + vcpu * 4096;
+            let top = stacks as usize + (vcpu + 1) * THREAD_STACK;
+            let page = setup.vcpu_pages as usize + vcpu * 4096;
             let mut altstack = 0usize;
-            if (*setup).self_report != 0 {
+            if handlers {
                 altstack = top - 64;
-                let len = (*setup).fault_stack_len;
+                let len = setup.fault_stack_len;
                 let slot = altstack as *mut u64;
-                slot.write((*setup).fault_stacks + vcpu as u64 * len);
+                slot.write(setup.fault_stacks + vcpu as u64 * len);
                 slot.add(1).write(0);
                 slot.add(2).write(len);
             }
@@ -275,13 +337,13 @@ unsafe fn start_threads(setup: *mut Setup) {
                 page = in(reg) page,
                 in("rdi") flags,
                 in("rsi") top - 128,
-                in("r12") (*setup).park,
+                in("r12") setup.park,
                 in("r14") altstack,
                 lateout("rax") result,
                 out("rdx") _, out("r10") _, out("r8") _, lateout("rcx") _, lateout("r11") _,
             );
             if result < 0 {
-                fail(setup, STEP_CLONE, result);
+                fail(STEP_CLONE, result);
             }
         }
     }

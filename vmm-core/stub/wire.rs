@@ -1,10 +1,39 @@
-// What the VMM tells the stub, and what the stub tells back: one structure in a memfd that both
-// map. Compiled into both sides; it uses `core` only.
+// What the VMM tells the stub, and what the stub tells back: messages on the stub's socket.
+// Compiled into both sides; it uses `core` only.
+//
+// Each message is a `Head`; `SETUP` has a `Setup` behind it, without the maps that there are none of.
 
 /// Regions that the stub maps: the VMM region's three parts, private RAM's pieces, and arenas.
 pub const MAX_MAPS: usize = 160;
 /// Bytes of stack for each thread of the stub, until it enters the gate.
 pub const THREAD_STACK: usize = 4096;
+/// The stub's end of the socket; all that it has open when it starts.
+pub const SOCKET: usize = 0;
+/// The number of the first descriptor that it is sent; the others follow in their order.
+pub const FIRST_FD: usize = 1;
+/// Descriptors in one message; the kernel takes 253.
+pub const FDS_AT_ONCE: usize = 250;
+/// Words of the set of doorbells that do not exist: as many bits as a VM has events.
+pub const HOLE_WORDS: usize = 4;
+
+/// What a message is, and one word.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Head {
+    pub kind: u32,
+    pub value: u32,
+}
+
+/// To the stub: its supervisor is there. 1: take faults by signal handlers on alternate stacks.
+pub const WATCHED: u32 = 1;
+/// To the stub: what to become; so many descriptors come with this message and those after it.
+pub const SETUP: u32 = 2;
+/// To the stub: more descriptors.
+pub const MORE: u32 = 3;
+/// From the stub: it has confined itself; the layers in force.
+pub const CONFINED: u32 = 4;
+/// From the stub: it gives up; the step, and the errno in the upper half.
+pub const FAILED: u32 = 5;
 
 /// One mapping that the stub makes.
 #[derive(Clone, Copy, Debug)]
@@ -19,23 +48,16 @@ pub struct Map {
     pub prot: u32,
 }
 
-/// The head of the set-up memfd; thread stacks follow it.
+/// What the stub is to become.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Setup {
-    /// Set by the VMM: 0 wait, 1 go.
-    pub go: u32,
-    /// Set by the stub when it gives up: which step, and the errno.
-    pub failed_step: u32,
-    pub failed_errno: u32,
-    /// Set by the stub: layers in force.
-    pub layers: u32,
     pub vcpus: u32,
     pub map_count: u32,
-    /// Descriptors up to here are for mapping only, and closed before the guest starts.
+    /// So many descriptors are for mapping only, and closed before the guest starts.
     pub event_fds: u32,
-    /// 1: take faults by signal handlers on alternate stacks.
-    pub self_report: u32,
+    /// Relative number of the first doorbell's descriptor.
+    pub kicks: u32,
     pub vcpu_pages: u64,
     pub park: u64,
     pub finish: u64,
@@ -47,10 +69,12 @@ pub struct Setup {
     pub fault_handler: u64,
     pub fault_stacks: u64,
     pub fault_stack_len: u64,
+    /// Doorbells whose number is to be closed: what was sent for them only fills their place.
+    pub holes: [u64; HOLE_WORDS],
     pub maps: [Map; MAX_MAPS],
 }
 
-/// Bits of `layers`.
+/// Bits of `CONFINED`.
 pub const LAYER_NO_NEW_PRIVS: u32 = 1 << 0;
 pub const LAYER_USER_NS: u32 = 1 << 1;
 pub const LAYER_OTHER_NS: u32 = 1 << 2;
@@ -62,12 +86,6 @@ pub const STEP_SETUP: u32 = 1;
 pub const STEP_MAP: u32 = 2;
 pub const STEP_CLONE: u32 = 3;
 pub const STEP_GS_BASE: u32 = 4;
-pub const STEP_FINISH: u32 = 5;
-pub const STEP_SIGNALS: u32 = 6;
+pub const STEP_SIGNALS: u32 = 5;
 /// Exit code of a stub that gave up.
 pub const EXIT_FAILED: i32 = 125;
-
-/// Bytes of the set-up memfd for so many vCPUs.
-pub const fn setup_len(vcpus: u32) -> usize {
-    (core::mem::size_of::<Setup>() + 4095) / 4096 * 4096 + vcpus as usize * THREAD_STACK
-}

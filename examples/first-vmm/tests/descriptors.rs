@@ -46,7 +46,7 @@ fn budget(accel: Accel, shape: Shape) -> usize {
         + match accel {
             Accel::Kvm => 1 + 2 * vcpus,
             // The guest's memory is in files, so that its process can map it.
-            _ => 2 + 2 + 2 * usize::from(shape.memory > (3 << 30) - (16 << 20)) + 2 + 1,
+            _ => 2 + 2 + 2 * usize::from(shape.memory > (3 << 30) - (16 << 20)) + 1,
         }
 }
 

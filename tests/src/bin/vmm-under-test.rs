@@ -1,7 +1,8 @@
 //! A VMM in a process of its own, which somebody else ends.
 //!
-//! Usage: `vmm-under-test ACCEL [IMAGE]`. With an image its guest has a backend and ticks; without, it is
-//! idle. A line on standard output says when it does: `ticking`, `running`.
+//! Usage: `vmm-under-test ACCEL [IMAGE [SPARES]]`. With an image its guest has a backend and ticks; without,
+//! it is idle. A line on standard output says when it does: `ticking`, `running`. So many spare processes
+//! wait for other guests.
 
 use paravane_tests::{disk, suite_vm};
 use std::io::Write;
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     let Some(accel) = args.next() else {
-        anyhow::bail!("usage: vmm-under-test ACCEL [IMAGE]");
+        anyhow::bail!("usage: vmm-under-test ACCEL [IMAGE [SPARES]]");
     };
     let accel = accel.parse()?;
     let Some(image) = args.next() else {
@@ -19,8 +20,16 @@ fn main() -> anyhow::Result<()> {
         vm.wait();
         return Ok(());
     };
+    let spares = match args.next() {
+        Some(count) => Some(vmm_core::Spares::new(count.parse()?)?),
+        None => None,
+    };
     let ticks = AtomicU32::new(0);
-    let vm = suite_vm("life.ticker", accel)?
+    let mut vm = suite_vm("life.ticker", accel)?;
+    if let Some(spares) = &spares {
+        vm = vm.spares(spares);
+    }
+    let vm = vm
         .block(disk(image.as_ref(), &[]))
         .call(5, move |call| {
             if ticks.fetch_add(1, Ordering::Relaxed) == 3 {

@@ -147,6 +147,9 @@ pub struct SandboxReport {
     pub layers: Vec<String>,
     /// Layers that this host does not have, with the reason.
     pub missing: Vec<String>,
+    /// The guest's process was one of [`Spares`](crate::Spares): started and confined before the VM was
+    /// built. It changes no layer.
+    pub spare: bool,
     /// What the sum of it is worth, in one sentence.
     pub claim: &'static str,
 }
@@ -198,6 +201,11 @@ pub(crate) trait Reporter: Send + Sync {
 
 /// One VM on one accel.
 pub(crate) trait AccelVm: Send + Sync {
+    /// Lets the first vCPU go from the calling thread, where the accel can: the guest and the thread
+    /// that serves it then wake up side by side. Its [`Vcpu::start`] comes after this, and knows.
+    fn start_first(&self, _state: &StartState) -> io::Result<()> {
+        Ok(())
+    }
     /// Answers this doorbell without a VMM exit from now on. Not all accels need to.
     fn watch_doorbell(&self, doorbell: u32) -> io::Result<()>;
     /// Lets this vCPU's `idle` return on this event from now on, or no longer.

@@ -11,6 +11,7 @@ use super::stats::Counters;
 use super::threads;
 use super::wanted::{Wanted, slots};
 use super::{LogLevel, VmEvent};
+use crate::accel::process::{self, Spares};
 use crate::accel::{Accel, AccelError, AccelInput, Reporter};
 use crate::device::block::BlockConfig;
 use crate::device::console::{Console, Input};
@@ -102,6 +103,7 @@ pub struct VmBuilder {
     events: Option<EventSink>,
     boot_deadline: Option<Duration>,
     self_reported_faults: bool,
+    spares: Option<Spares>,
 }
 
 impl std::fmt::Debug for VmBuilder {
@@ -136,6 +138,7 @@ impl VmBuilder {
             events: None,
             boot_deadline: None,
             self_reported_faults: false,
+            spares: None,
         }
     }
 
@@ -253,6 +256,14 @@ impl VmBuilder {
         self
     }
 
+    /// Process accel: takes a process that waits instead of starting one, where there is one.
+    ///
+    /// A VM with [`VmBuilder::self_reported_faults`] starts its own.
+    pub fn spares(mut self, spares: &Spares) -> VmBuilder {
+        self.spares = Some(spares.clone());
+        self
+    }
+
     fn check(&mut self) -> Result<(), BuildError> {
         let range = |what, value: u64, low: u64, high: u64| {
             if (low..=high).contains(&value) {
@@ -351,6 +362,10 @@ impl VmBuilder {
         if needed > MAX_EVENTS {
             return Err(BuildError::TooManyQueues { needed });
         }
+        // What takes longest comes first: a process starts beside all that follows.
+        let on_process = accel == Accel::Process;
+        let begin = || process::begin(self.spares.as_ref(), self.self_reported_faults);
+        let stub = on_process.then(begin).transpose()?;
         let in_process = wants.iter().any(|w| w.remote.is_none());
         let arenas: Vec<u64> = in_process
             .then_some(HOST_ARENA)
@@ -359,11 +374,10 @@ impl VmBuilder {
             .collect();
         let map = AddressMap::new(&self.image, self.vcpus, self.memory, &arenas)
             .map_err(|e| BuildError::MemoryTooSmall(e.to_string()))?;
-        let process = accel == Accel::Process;
         let plan = MemoryPlan {
             private: self.memory,
-            shared_private: process || self.memory_kind == MemoryKind::Forkable,
-            shared_vmm: process,
+            shared_private: on_process || self.memory_kind == MemoryKind::Forkable,
+            shared_vmm: on_process,
             huge_pages: self.huge_pages,
             prefault: self.prefault,
             huge_from: map.heap,
@@ -410,12 +424,11 @@ impl VmBuilder {
             local = Some(LocalThread::new(clock_updates(&shared), ends_vm(&shared))?);
             Ok(())
         };
-        let (accel_vm, vcpus) = match accel {
-            Accel::Kvm => crate::accel::kvm::create(input, &mut prepare)?,
-            Accel::Process => {
+        let (accel_vm, vcpus) = match stub {
+            None => crate::accel::kvm::create(input, &mut prepare)?,
+            Some(stub) => {
                 let reporter: Arc<dyn Reporter> = Arc::clone(&shared) as _;
-                let faults = self.self_reported_faults;
-                crate::accel::process::create(input, &reporter, faults, &mut prepare)?
+                process::create(input, &reporter, stub, &mut prepare)?
             }
         };
         if !accel_vm.shows_host_tsc() {

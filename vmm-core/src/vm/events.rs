@@ -60,6 +60,11 @@ impl EventTable {
         }
     }
 
+    /// The eventfd that the guest rings for this event; `None` where it has no doorbell.
+    pub(crate) fn kick(&self, event: u32) -> Option<&EventFd> {
+        self.kicks.get(usize::try_from(event).ok()?)?.as_ref()
+    }
+
     /// The eventfd that says this event happened.
     pub(crate) fn call(&self, event: u32) -> Option<&EventFd> {
         self.calls.get(usize::try_from(event).ok()?)
@@ -68,13 +73,6 @@ impl EventTable {
     /// The eventfd that makes a vCPU's `idle` return.
     pub(crate) fn wake(&self, vcpu: u32) -> Option<&EventFd> {
         self.wakes.get(usize::try_from(vcpu).ok()?)
-    }
-
-    /// (doorbell, eventfd) of every queue.
-    pub(crate) fn kicks(&self) -> impl Iterator<Item = (u32, &EventFd)> {
-        (0u32..)
-            .zip(&self.kicks)
-            .filter_map(|(i, kick)| Some((i, kick.as_ref()?)))
     }
 
     /// (event, eventfd) of every event.

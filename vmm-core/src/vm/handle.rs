@@ -92,6 +92,9 @@ impl VmHandle {
             rdi: BOOT_BLOCK_BASE,
             rsi: 0,
         };
+        if let Some(accel) = shared.accel.get() {
+            accel.start_first(&state)?;
+        }
         shared.turns.start(0, state);
         threads::start_others(shared, vcpus)?;
         if let Some(deadline) = boot_deadline {

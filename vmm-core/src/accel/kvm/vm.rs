@@ -202,6 +202,7 @@ impl AccelVm for KvmVm {
     fn sandbox_report(&self) -> SandboxReport {
         SandboxReport {
             layers: vec!["kvm: guest at CPL 3 on its own page tables, no irqchip".into()],
+            spare: false,
             missing: Vec::new(),
             claim: "isolation of a KVM guest; on a pagetable-based KVM, the host kernel's shadow \
                     paging and instruction emulation are exposed",

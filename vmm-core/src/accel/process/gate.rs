@@ -4,18 +4,17 @@
 
 use super::{handoff, page};
 use pv_abi::gate::{SLOT_COUNT, SLOT_SIZE, WAKE_DOORBELL};
-use pv_abi::layout::{GATE_BASE, GATE_LEN};
+use pv_abi::layout::{GATE_BASE, PAGE_SIZE};
 use std::arch::global_asm;
+use std::io;
 
 // The assembly below counts on both.
 const _: () = assert!(SLOT_SIZE == 64 && SLOT_COUNT == 16);
 
-/// Where the gate's data lies: read-only for the guest.
-pub(super) const DATA: u64 = GATE_BASE + 0x2000;
+/// Where the gate's data lies, behind the bodies: one page has all that there is.
+const DATA: u64 = GATE_BASE + 0xc00;
 /// Where the filter program's header lies; the program follows it.
-pub(super) const FILTER: u64 = GATE_BASE + 0x3000;
-/// Most bytes of filter program.
-pub(super) const FILTER_LEN: u64 = GATE_LEN - 0x3000 - 16;
+pub(super) const FILTER: u64 = GATE_BASE + 0xd00;
 
 /// Offsets in the gate's data.
 const KICK_BASE: u64 = DATA;
@@ -35,7 +34,7 @@ pub(super) struct GateData {
 }
 
 impl GateData {
-    pub(super) fn bytes(self) -> Vec<u8> {
+    fn bytes(self) -> Vec<u8> {
         [
             self.kick_base,
             self.kick_count,
@@ -315,8 +314,32 @@ unsafe extern "C" {
     static pv_gate_end: u8;
 }
 
+/// The gate's page: bodies, data, and the filter's image.
+///
+/// # Errors
+/// When the filter does not fit.
+pub(super) fn page(data: GateData, filter: &[u8]) -> io::Result<Vec<u8>> {
+    let mut page = Vec::with_capacity(PAGE_SIZE as usize);
+    for (at, part) in [
+        (GATE_BASE, bodies()),
+        (DATA, &data.bytes()),
+        (FILTER, filter),
+    ] {
+        let at = usize::try_from(at - GATE_BASE).map_err(io::Error::other)?;
+        if page.len() > at {
+            return Err(io::Error::other("the gate does not fit its page"));
+        }
+        page.resize(at, 0);
+        page.extend_from_slice(part);
+    }
+    if page.len() as u64 > PAGE_SIZE {
+        return Err(io::Error::other("the filter does not fit"));
+    }
+    Ok(page)
+}
+
 /// The bytes of the gate region's code.
-pub(super) fn bodies() -> &'static [u8] {
+fn bodies() -> &'static [u8] {
     let (start, end) = (&raw const pv_gate_start, &raw const pv_gate_end);
     // SAFETY: the two symbols enclose one section of this library's text.
     unsafe { std::slice::from_raw_parts(start, end.offset_from_unsigned(start)) }
@@ -346,7 +369,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bodies_fit_below_the_data() {
+    fn bodies_and_filters_fit_their_page() {
+        let data = GateData {
+            kick_base: 1,
+            kick_count: 2,
+            wake_base: 3,
+            wake_count: 4,
+        };
+        let most = (GATE_BASE + PAGE_SIZE - FILTER) as usize;
+        assert!(page(data, &vec![0; most]).is_ok());
+        assert!(page(data, &vec![0; most + 1]).is_err());
         let bodies = bodies();
         assert!(bodies.len() as u64 >= SLOT_SIZE * SLOT_COUNT);
         assert!(GATE_BASE + bodies.len() as u64 <= DATA);

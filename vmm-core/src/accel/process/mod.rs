@@ -1,8 +1,9 @@
 //! The process accel: a guest in a confined Linux process, for hosts without `/dev/kvm`.
 //!
-//! A per-VM supervisor thread ([`supervisor`]) starts a tiny freestanding stub from a memfd
-//! ([`spawn`]; its source is `stub/`), into an address space that has nothing of the embedder's in
-//! it. The stub maps guest memory at guest-physical addresses, starts all vCPU threads, unmaps
+//! A supervisor thread ([`supervisor`]) starts a tiny freestanding stub from a memfd ([`spawn`]; its
+//! source is `stub/`), into an address space that has nothing of the embedder's in it. The stub
+//! confines itself and waits to be told what to become ([`stub`]), perhaps for long ([`spares`]).
+//! Then it maps guest memory at guest-physical addresses, starts all vCPU threads, unmaps
 //! itself, and installs the system-call filter ([`filter`]). What is left is the guest, and gate
 //! bodies ([`gate`]) that make four kinds of system calls: `write` to a doorbell's eventfd, `ppoll`
 //! and `read` on this guest's own eventfds, and `futex` for the hand-off to the VMM ([`vcpu`]).
@@ -16,15 +17,19 @@ mod futex;
 mod gate;
 mod look;
 mod placement;
+mod spares;
 mod spawn;
+mod stub;
 mod supervisor;
 mod vcpu;
 mod vm;
+mod watch;
 #[path = "../../../stub/wire.rs"]
 #[allow(dead_code, unreachable_pub, missing_docs, clippy::manual_div_ceil)]
 mod wire;
 
-pub(crate) use vm::create;
+pub use spares::{SpareCounts, Spares};
+pub(crate) use vm::{begin, create};
 
 use pv_abi::vcpu::VcpuPage;
 use std::mem::offset_of;

@@ -1,12 +1,13 @@
-//! Starting the stub: vfork-style, from a memfd, with nothing of the embedder's but named
-//! descriptors.
+//! Starting the stub: vfork-style, from a memfd, with nothing of the embedder's but one socket.
 #![allow(unsafe_code)]
-// UNSAFETY: clone, memfd_create and everything that the child does before it executes the stub.
+// UNSAFETY: clone, socketpair, memfd_create and everything that the child does before it executes the stub.
 
-use std::ffi::{CStr, CString};
+use super::wire;
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixDatagram;
 use std::sync::OnceLock;
 
 static STUB: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/stub"));
@@ -71,35 +72,41 @@ pub(super) struct Child {
 
 /// What the child needs between clone and exec; it lives on the parent's stack.
 struct Plan {
-    descriptors: Vec<Option<RawFd>>,
-    base: RawFd,
+    socket: RawFd,
     stub: RawFd,
-    base_text: CString,
+    /// A number above both.
+    aside: RawFd,
     parent: libc::pid_t,
     failed: libc::c_int,
 }
 
-/// The first of the descriptor numbers that the child will have.
-pub(super) fn base_for(descriptors: &[Option<RawFd>]) -> io::Result<RawFd> {
-    let stub = executable()?.as_raw_fd();
-    let most = descriptors.iter().flatten().copied().chain([stub, 2]).max();
-    Ok(most.unwrap_or(2) + 1)
+/// The VMM's end of a stub's socket, and the stub's. It keeps the bounds of messages, and each end
+/// notices that the other one is gone.
+pub(super) fn sockets() -> io::Result<(UnixDatagram, OwnedFd)> {
+    let mut ends = [0; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+    // SAFETY: room for two descriptors, which are fresh and owned by nobody else.
+    unsafe {
+        if libc::socketpair(libc::AF_UNIX, kind, 0, ends.as_mut_ptr()) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let [own, stub] = ends;
+        Ok((UnixDatagram::from_raw_fd(own), OwnedFd::from_raw_fd(stub)))
+    }
 }
 
-/// Starts the stub with these descriptors, numbered from `base` on.
+/// Starts the stub with its end of a socket.
 ///
 /// The calling thread must live as long as the child shall: a parent-death signal fires when the
 /// *thread* that started a process ends.
-pub(super) fn start(descriptors: Vec<Option<RawFd>>, base: RawFd) -> io::Result<Child> {
-    let stub = executable()?.as_raw_fd();
+pub(super) fn start(socket: &OwnedFd) -> io::Result<Child> {
+    let (stub, socket) = (executable()?.as_raw_fd(), socket.as_raw_fd());
     // SAFETY: getpid cannot fail.
     let parent = unsafe { libc::getpid() };
-    let base_text = CString::new(base.to_string())?;
     let mut plan = Plan {
-        descriptors,
-        base,
+        socket,
         stub,
-        base_text,
+        aside: socket.max(stub).max(wire::SOCKET as RawFd + 1) + 1,
         parent,
         failed: 0,
     };
@@ -176,22 +183,20 @@ unsafe fn prepare(plan: &Plan) -> libc::c_int {
             limit.rlim_cur = limit.rlim_max;
             libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
         }
-        // The child's table is its own: make room, then put everything where it is wanted.
-        if libc::syscall(libc::SYS_close_range, plan.base, u32::MAX, 0) < 0 {
+        // The child's table is its own: the socket, and until the exec the stub's file.
+        let (to, file) = (wire::SOCKET as RawFd, wire::SOCKET as RawFd + 1);
+        let ordered = libc::dup2(plan.stub, plan.aside) >= 0
+            && libc::dup2(plan.socket, to) >= 0
+            && libc::dup3(plan.aside, file, libc::O_CLOEXEC) >= 0
+            && libc::syscall(libc::SYS_close_range, file + 1, u32::MAX, 0) >= 0;
+        if !ordered {
             return errno();
         }
-        for (to, from) in (plan.base..).zip(&plan.descriptors) {
-            if let Some(from) = from
-                && libc::dup2(*from, to) < 0
-            {
-                return errno();
-            }
-        }
-        let arguments = [NAME.as_ptr(), plan.base_text.as_ptr(), std::ptr::null()];
+        let arguments = [NAME.as_ptr(), std::ptr::null()];
         let environment = [std::ptr::null::<libc::c_char>()];
         libc::syscall(
             libc::SYS_execveat,
-            plan.stub,
+            file,
             c"".as_ptr(),
             arguments.as_ptr(),
             environment.as_ptr(),

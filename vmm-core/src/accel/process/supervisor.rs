@@ -9,124 +9,26 @@
 // UNSAFETY: ptrace and waitpid.
 
 use super::faults::{Signal, blame};
-use super::{futex, page, spawn};
-use crate::accel::Reporter;
+use super::stub::message;
+use super::watch::Watch;
+use super::{spawn, wire};
 use crate::fault::{Registers, Violation};
-use crate::memory::GuestMemory;
-use pv_abi::layout::{VMM_BASE, vcpu_page};
+use pv_abi::layout::vcpu_page;
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
 
-/// What the supervisor shares with the VM.
-pub(super) struct Watch {
-    pub(super) gone: Arc<AtomicBool>,
-    /// The end was asked for.
-    pub(super) ending: AtomicBool,
-    pub(super) traced: AtomicBool,
-    halt: Mutex<Halt>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Halt {
-    wanted: bool,
-    stopped: bool,
-    dead: bool,
-}
-
-impl Watch {
-    pub(super) fn new() -> Watch {
-        Watch {
-            gone: Arc::new(AtomicBool::new(false)),
-            ending: AtomicBool::new(false),
-            traced: AtomicBool::new(false),
-            halt: Mutex::default(),
-            changed: Condvar::new(),
-        }
-    }
-
-    fn update(&self, change: impl FnOnce(&mut Halt)) {
-        change(&mut self.halt.lock().unwrap_or_else(PoisonError::into_inner));
-        self.changed.notify_all();
-    }
-
-    /// Notes that a stop is wanted, or no longer; `true` if that is news.
-    ///
-    /// The stop itself is awaited with [`Watch::wait_stopped`].
-    pub(super) fn want_stop(&self, wanted: bool) -> bool {
-        let mut news = false;
-        self.update(|halt| {
-            news = halt.wanted != wanted;
-            if news {
-                halt.wanted = wanted;
-                halt.stopped = false;
-            }
-        });
-        news
-    }
-
-    /// Waits until the process is dead and has been waited for. `false`: not in time.
-    pub(super) fn wait_dead(&self, deadline: Option<Instant>) -> bool {
-        let mut halt = self.halt.lock().unwrap_or_else(PoisonError::into_inner);
-        while !halt.dead {
-            let left = deadline.map(|d| d.saturating_duration_since(Instant::now()));
-            if left.is_some_and(|left| left.is_zero()) {
-                return false;
-            }
-            halt = match left {
-                None => self
-                    .changed
-                    .wait(halt)
-                    .unwrap_or_else(PoisonError::into_inner),
-                Some(left) => {
-                    let waited = self.changed.wait_timeout(halt, left);
-                    waited.unwrap_or_else(PoisonError::into_inner).0
-                }
-            };
-        }
-        true
-    }
-
-    /// Waits until every thread of the guest has stopped. `false`: it took too long.
-    pub(super) fn wait_stopped(&self, limit: Duration) -> bool {
-        let deadline = Instant::now() + limit;
-        let mut halt = self.halt.lock().unwrap_or_else(PoisonError::into_inner);
-        while !halt.stopped && !halt.dead {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            halt = self
-                .changed
-                .wait_timeout(halt, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
-        }
-        true
-    }
-}
-
-/// What the supervisor needs to start the guest.
-pub(super) struct Start {
-    pub(super) descriptors: Vec<Option<RawFd>>,
-    pub(super) base: RawFd,
-    /// Word of the set-up memfd that lets the stub go on.
-    pub(super) go: Arc<dyn Fn() + Send + Sync>,
-    pub(super) memory: Arc<GuestMemory>,
-    pub(super) vcpus: u32,
-    pub(super) trace: bool,
-    pub(super) reporter: Weak<dyn Reporter>,
-}
-
-/// Runs in the supervisor thread, from the guest's first moment to its last.
-pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<Arc<OwnedFd>>)) {
-    let child = match spawn::start(start.descriptors.clone(), start.base) {
+/// Runs in the supervisor thread, from the process's first moment to its last.
+pub(super) fn run(socket: OwnedFd, tell: Arc<UnixDatagram>, trace: bool, watch: &Watch) {
+    let _over = Over(watch);
+    let child = spawn::start(&socket);
+    // The process has its own: who talks to a dead one shall notice.
+    drop(socket);
+    let child = match child {
         Ok(child) => child,
-        Err(error) => return started(Err(error)),
+        Err(error) => return watch.not_started(error),
     };
     let pidfd = Arc::new(child.pidfd);
     let mut tracer = Tracer {
@@ -134,38 +36,29 @@ pub(super) fn run(start: Start, watch: &Watch, started: impl FnOnce(io::Result<A
         pidfd: Arc::clone(&pidfd),
         threads: HashMap::new(),
         traced: false,
-        memory: Arc::clone(&start.memory),
-        vcpus: start.vcpus,
     };
-    if start.trace {
+    if trace {
         match tracer.seize() {
             Ok(()) => tracer.traced = true,
             Err(error) => tracing::info!(%error, "ptrace is not to be had: faults self-reported"),
         }
     }
-    watch.traced.store(tracer.traced, Ordering::Release);
-    started(Ok(pidfd));
-    (start.go)();
-    let end = tracer.watch(watch, &start.reporter);
-    // Why first: who sees that it is gone may ask at once.
-    if !watch.ending.load(Ordering::Acquire)
-        && let Some(reporter) = start.reporter.upgrade()
-    {
-        // First reason counts: a fault that was reported before stays the reason.
-        reporter.violation(end);
+    // A process that is gone already is noticed below.
+    let _ = tell.send(&message(wire::WATCHED, u32::from(!tracer.traced)));
+    drop(tell);
+    watch.started(pidfd, tracer.traced);
+    let end = tracer.watch(watch);
+    watch.end(end);
+}
+
+/// Says that there is no process where this thread ends without having said anything.
+struct Over<'a>(&'a Watch);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0
+            .not_started(io::Error::other("the supervisor thread ended"));
     }
-    watch.gone.store(true, Ordering::Release);
-    for vcpu in 0..start.vcpus {
-        for field in [page::HANDOFF, page::READY] {
-            let at = vcpu_page(vcpu) - VMM_BASE + field as u64;
-            if let Ok(word) = start.memory.vmm.word32(at) {
-                // Always a change, whatever the guest left there: no waiter can miss it.
-                word.fetch_add(1, Ordering::AcqRel);
-                futex::wake(word);
-            }
-        }
-    }
-    watch.update(|halt| halt.dead = true);
 }
 
 struct Tracer {
@@ -174,8 +67,6 @@ struct Tracer {
     /// Threads, and whether each is in a group stop.
     threads: HashMap<libc::pid_t, bool>,
     traced: bool,
-    memory: Arc<GuestMemory>,
-    vcpus: u32,
 }
 
 impl Tracer {
@@ -192,7 +83,7 @@ impl Tracer {
     }
 
     /// Waits until the process has ended; says how.
-    fn watch(&mut self, watch: &Watch, reporter: &Weak<dyn Reporter>) -> Violation {
+    fn watch(&mut self, watch: &Watch) -> Violation {
         loop {
             let mut status = 0;
             let flags = libc::__WALL | libc::__WNOTHREAD | libc::WUNTRACED;
@@ -215,21 +106,17 @@ impl Tracer {
                 self.note_stops(watch);
             } else if libc::WIFSTOPPED(status) {
                 if self.traced {
-                    self.stopped(tid, status, watch, reporter);
+                    self.stopped(tid, status, watch);
+                } else if watch.armed().is_some() {
+                    watch.note_stopped();
                 } else {
-                    watch.update(|halt| halt.stopped = true);
+                    self.end();
                 }
             }
         }
     }
 
-    fn stopped(
-        &mut self,
-        tid: libc::pid_t,
-        status: libc::c_int,
-        watch: &Watch,
-        reporter: &Weak<dyn Reporter>,
-    ) {
+    fn stopped(&mut self, tid: libc::pid_t, status: libc::c_int, watch: &Watch) {
         let signal = libc::WSTOPSIG(status);
         let event = status >> 16;
         self.threads.entry(tid).or_insert(false);
@@ -239,6 +126,10 @@ impl Tracer {
                 libc::SIGSTOP | libc::SIGTSTP | libc::SIGTTIN | libc::SIGTTOU
             )
         {
+            if watch.armed().is_none() {
+                // Nobody of ours wants it to stop before there is a guest in it.
+                return self.end();
+            }
             self.threads.insert(tid, true);
             self.request(libc::PTRACE_LISTEN, tid, 0);
             self.note_stops(watch);
@@ -265,12 +156,19 @@ impl Tracer {
             // Sent by somebody, not raised by an instruction.
             Some(found) if found.code <= 0 => self.request(libc::PTRACE_CONT, tid, signal),
             found => {
-                if let Some(reporter) = reporter.upgrade() {
+                if let Some(guest) = watch.armed()
+                    && let Some(reporter) = guest.reporter.upgrade()
+                {
                     let signal = found.unwrap_or(Signal {
                         number: signal,
                         ..Default::default()
                     });
-                    match blame(self.vcpu_of(tid), &signal, &self.memory, false) {
+                    match blame(
+                        self.vcpu_of(tid, guest.vcpus),
+                        &signal,
+                        &guest.memory,
+                        false,
+                    ) {
                         Ok(fault) => reporter.fault(fault),
                         Err(violation) => reporter.violation(violation),
                     }
@@ -290,7 +188,7 @@ impl Tracer {
     /// Tells who waits for a stop once all threads are in it.
     fn note_stops(&self, watch: &Watch) {
         if self.threads.values().all(|stopped| *stopped) {
-            watch.update(|halt| halt.stopped = true);
+            watch.note_stopped();
         }
     }
 
@@ -343,7 +241,7 @@ impl Tracer {
     }
 
     /// The vCPU that a thread is: its GS base is that vCPU's page unless the guest changed it.
-    fn vcpu_of(&self, tid: libc::pid_t) -> u32 {
+    fn vcpu_of(&self, tid: libc::pid_t, vcpus: u32) -> u32 {
         // SAFETY: written by the kernel before it is read.
         let gs = unsafe {
             let mut regs: libc::user_regs_struct = std::mem::zeroed();
@@ -352,9 +250,7 @@ impl Tracer {
             }
             regs.gs_base
         };
-        (0..self.vcpus)
-            .find(|vcpu| vcpu_page(*vcpu) == gs)
-            .unwrap_or(0)
+        (0..vcpus).find(|vcpu| vcpu_page(*vcpu) == gs).unwrap_or(0)
     }
 }
 
@@ -389,25 +285,5 @@ pub(super) fn signal(pidfd: &OwnedFd, signal: libc::c_int) -> io::Result<()> {
         Ok(())
     } else {
         Err(io::Error::last_os_error())
-    }
-}
-
-/// Waits until the stub's first vCPU is parked. `false`: the process ended, or took too long.
-pub(super) fn wait_ready(word: &AtomicU32, gone: &AtomicBool, limit: Duration) -> bool {
-    let deadline = Instant::now() + limit;
-    loop {
-        let seen = word.load(Ordering::Acquire);
-        // The word changes at death too, and after `gone`.
-        if gone.load(Ordering::Acquire) {
-            return false;
-        }
-        if seen != 0 {
-            return true;
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return false;
-        }
-        futex::wait(word, 0, Some(left));
     }
 }

@@ -14,7 +14,7 @@ use crate::memory::GuestMemory;
 use pv_abi::layout::{VMM_BASE, vcpu_page};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 pub(super) struct ProcessVcpu {
     pub(super) index: u32,
@@ -25,6 +25,26 @@ pub(super) struct ProcessVcpu {
     pub(super) owed: bool,
     pub(super) look: Look,
     pub(super) placement: Placement,
+    /// It runs already.
+    pub(super) started: Arc<AtomicBool>,
+}
+
+/// Lets a parked vCPU begin with these registers.
+pub(super) fn start_guest(memory: &GuestMemory, vcpu: u32, state: &StartState) -> io::Result<()> {
+    let at = |field: usize| vcpu_page(vcpu) - VMM_BASE + field as u64;
+    let vmm = &memory.vmm;
+    vmm.write(at(page::START_RIP), &state.rip)?;
+    vmm.write(at(page::START_RSP), &state.rsp)?;
+    vmm.write(at(page::START_RDI), &state.rdi)?;
+    vmm.write(at(page::START_RSI), &state.rsi)?;
+    release(vmm.word32(at(page::HANDOFF))?);
+    Ok(())
+}
+
+fn release(word: &AtomicU32) {
+    // Ordering: Release, so that the guest sees the answer when it sees the word.
+    word.store(handoff::RUN, Ordering::Release);
+    futex::wake(word);
 }
 
 impl ProcessVcpu {
@@ -33,10 +53,7 @@ impl ProcessVcpu {
     }
 
     fn release(&self) -> io::Result<()> {
-        let word = self.memory.vmm.word32(self.at(page::HANDOFF))?;
-        // Ordering: Release, so that the guest sees the answer when it sees the word.
-        word.store(handoff::RUN, Ordering::Release);
-        futex::wake(word);
+        release(self.memory.vmm.word32(self.at(page::HANDOFF))?);
         Ok(())
     }
 
@@ -108,13 +125,11 @@ impl ProcessVcpu {
 
 impl Vcpu for ProcessVcpu {
     fn start(&mut self, state: &StartState) -> io::Result<()> {
+        if self.started.load(Ordering::Acquire) {
+            return Ok(());
+        }
         serve_promptly();
-        let vmm = &self.memory.vmm;
-        vmm.write(self.at(page::START_RIP), &state.rip)?;
-        vmm.write(self.at(page::START_RSP), &state.rsp)?;
-        vmm.write(self.at(page::START_RDI), &state.rdi)?;
-        vmm.write(self.at(page::START_RSI), &state.rsi)?;
-        self.release()
+        start_guest(&self.memory, self.index, state)
     }
 
     fn run(&mut self) -> io::Result<VcpuExit> {

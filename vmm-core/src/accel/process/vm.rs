@@ -1,30 +1,33 @@
-//! Making a sandboxed VM: gate, filter, set-up, supervisor.
+//! Making a sandboxed VM of a stub: gate, filter, set-up.
 
 use super::look::Look;
-use super::placement::Placement;
-use super::supervisor::{self, Start, Watch};
-use super::vcpu::ProcessVcpu;
+use super::placement::{Placement, serve_promptly};
+use super::spares::Spares;
+use super::stub::{Stub, setup_bytes};
+use super::vcpu::{ProcessVcpu, start_guest};
+use super::watch::Guest;
 use super::wire::{self, MAX_MAPS, Map, Setup};
-use super::{filter, futex, gate, handoff, page};
-use crate::accel::{AccelError, AccelInput, AccelVm, Parts, Reporter, SandboxReport, Vcpu};
+use super::{filter, gate, handoff, page, supervisor};
+use crate::accel::{
+    AccelError, AccelInput, AccelVm, Parts, Reporter, SandboxReport, StartState, Vcpu,
+};
 use crate::image::Access;
-use crate::limits::{STUB_READY_TIMEOUT, VCPU_KICK_TIMEOUT};
+use crate::limits::VCPU_KICK_TIMEOUT;
 use crate::memory::map::Source;
-use crate::memory::{Backing, GuestMemory, Region};
+use crate::memory::{GuestMemory, Region};
 use crate::vm::events::{EventTable, signal};
 use pv_abi::layout::{
     GATE_BASE, GUEST_PHYS_END, VCPU_PAGES_BASE, VCPU_PAGES_LEN, VMM_BASE, vcpu_page,
 };
-use pv_abi::limits::MAX_POLL;
+use pv_abi::limits::{MAX_EVENTS, MAX_POLL};
 use pv_abi::vcpu::PollEntry;
 use std::io;
-use std::mem::offset_of;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+const _: () = assert!(MAX_EVENTS as usize <= wire::HOLE_WORDS * 64);
 /// First address past user space on x86-64 with four-level paging.
 const USER_END: u64 = 0x7fff_ffff_f000;
 /// Stack for each vCPU's fault handler; the largest signal frame (AVX-512 state) fits.
@@ -34,30 +37,47 @@ const FAULT_STACKS: u64 = VCPU_PAGES_BASE + VCPU_PAGES_LEN;
 
 pub(super) struct ProcessVm {
     pidfd: Arc<OwnedFd>,
-    watch: Arc<Watch>,
     memory: Arc<GuestMemory>,
     events: Arc<EventTable>,
     calls_base: i32,
     /// By vCPU: the events it waits for, by their place in the poll set.
     waiting: Mutex<Vec<Vec<Option<u32>>>>,
-    layers: u32,
-    supervisor: Option<JoinHandle<()>>,
+    /// The first vCPU was let go without its thread.
+    first_started: Arc<AtomicBool>,
+    /// Dropped with the VM: that ends the process, and waits for it.
+    stub: Stub,
 }
 
-/// Descriptors of the child, in order; a `None` leaves its number closed.
+/// Descriptors of the guest's process, in order.
 struct Descriptors {
-    list: Vec<Option<RawFd>>,
-    first_event: usize,
+    list: Vec<RawFd>,
+    /// The first that stays open; by event.
     kicks: usize,
     calls: usize,
     wakes: usize,
+    /// Events without a doorbell.
+    holes: [u64; wire::HOLE_WORDS],
 }
 
-/// Makes it; `meanwhile` is done while the process starts, which needs nothing of this thread.
+/// Takes a spare stub, or starts one: the first thing, because it needs nothing of the VM.
+///
+/// Spare ones are traced where that works, so a VM that does not want that starts its own.
+pub(crate) fn begin(spares: Option<&Spares>, self_report: bool) -> Result<Stub, AccelError> {
+    let spare = spares.filter(|_| !self_report).and_then(Spares::take);
+    spare.map_or_else(|| start(!self_report), Ok)
+}
+
+fn start(trace: bool) -> Result<Stub, AccelError> {
+    Stub::start(trace, || ()).map_err(AccelError::host("the supervisor thread"))
+}
+
+/// Makes it; `meanwhile` is done while the stub becomes a guest, which needs nothing of this thread.
+///
+/// A spare stub that fails before its guest ran is replaced by one that is started now.
 pub(crate) fn create(
     input: AccelInput,
     reporter: &Arc<dyn Reporter>,
-    self_report: bool,
+    stub: Stub,
     meanwhile: &mut dyn FnMut() -> io::Result<()>,
 ) -> Result<Parts, AccelError> {
     let step = AccelError::host;
@@ -68,38 +88,113 @@ pub(crate) fn create(
         events,
         first,
     } = input;
-    let setup_len = wire::setup_len(vcpus) as u64;
-    let setup_region =
-        Region::new(setup_len, Backing::Memfd("pv-setup")).map_err(step("set-up memfd"))?;
     let mut maps = plan_maps(&map.mappings)?;
-    let stacks = u64::from(vcpus) * FAULT_STACK;
     // The last map, which the stub leaves out when faults come through ptrace; whether they do is
     // known only once it has been tried.
     maps.push(Map {
         gpa: FAULT_STACKS,
-        len: stacks,
+        len: u64::from(vcpus) * FAULT_STACK,
         offset: FAULT_STACKS - VMM_BASE,
-        fd: 1,
+        fd: 0,
         prot: prot(Access::ReadWrite),
     });
-    let descriptors = descriptors(&setup_region, &memory, &events)?;
-    let base = super::spawn::base_for(&descriptors.list).map_err(step("the stub's memfd"))?;
-    let at = |index: usize| {
-        u32::try_from(index)
-            .ok()
-            .zip(u32::try_from(base).ok())
-            .map(|(i, b)| i + b)
+    let descriptors = descriptors(&memory, &events)?;
+    let setup = setup_bytes(&setup(vcpus, &maps, &descriptors));
+    let hand_over = |stub: &Stub| -> io::Result<()> {
+        for vcpu in 0..vcpus {
+            let wake = i32::try_from(number(descriptors.wakes)? + vcpu);
+            let page = vcpu_page(vcpu) - VMM_BASE;
+            init_page(&memory, page, wake.map_err(io::Error::other)?)?;
+        }
+        let guest = Guest {
+            memory: Arc::clone(&memory),
+            vcpus,
+            reporter: Arc::downgrade(reporter),
+        };
+        stub.hand_over(guest, &setup, &descriptors.list)
     };
-    let number = |index| at(index).ok_or_else(|| AccelError::Sandbox("descriptor number".into()));
-    let setup = Setup {
-        go: 0,
-        failed_step: 0,
-        failed_errno: 0,
-        layers: 0,
+    write_gate(&memory, &descriptors).map_err(step("write the gate"))?;
+    let handed = hand_over(&stub);
+    meanwhile().map_err(step("load the guest"))?;
+    // Now that there is nothing left to do but to wait for the process.
+    let first = first().map_err(step("the first vCPU's thread"))?;
+    let ready = memory
+        .vmm
+        .word32(vcpu_page(0) - VMM_BASE + page::READY as u64)
+        .map_err(step("vCPU page"))?;
+    let arm = |mut stub: Stub, handed: io::Result<()>| -> Result<Stub, AccelError> {
+        // What was not started says why, rather than what could not be sent to it.
+        stub.watch
+            .process()
+            .map_err(step("start the sandboxed process"))?;
+        let armed = handed
+            .map_err(|error| format!("it does not take its set-up: {error}"))
+            .and_then(|()| stub.arm(ready));
+        armed.map_err(AccelError::Sandbox).map(|()| stub)
+    };
+    let spare = stub.is_spare();
+    let stub = match arm(stub, handed) {
+        // It is dead by now, and had no guest in it.
+        Err(error) if spare => {
+            tracing::info!(%error, "a spare process could not be used: another one is started");
+            let stub = start(true)?;
+            let handed = hand_over(&stub);
+            arm(stub, handed)?
+        }
+        other => other?,
+    };
+    let vm = ProcessVm {
+        pidfd: stub.watch.process().map_err(step("the process"))?,
+        memory: Arc::clone(&memory),
+        events,
+        calls_base: i32::try_from(number(descriptors.calls).map_err(step("a descriptor"))?)
+            .map_err(io::Error::other)
+            .map_err(step("a descriptor"))?,
+        waiting: Mutex::new(vec![Vec::new(); vcpus as usize]),
+        first_started: Arc::default(),
+        stub,
+    };
+    let vcpu = |index| ProcessVcpu {
+        index,
+        memory: Arc::clone(&memory),
+        gone: Arc::clone(&vm.stub.watch.gone),
+        started: Arc::new(AtomicBool::new(false)),
+        owed: false,
+        look: Look::default(),
+        placement: Placement::default(),
+    };
+    let boot = ProcessVcpu {
+        started: Arc::clone(&vm.first_started),
+        ..vcpu(0)
+    };
+    // A thread that is gone says so by itself.
+    let _ = first.send(Box::new(|| {
+        serve_promptly();
+        Some(Box::new(boot))
+    }));
+    let vcpus = (1..vcpus).map(|index| Box::new(vcpu(index)) as Box<dyn Vcpu>);
+    let vcpus = vcpus.collect();
+    Ok((Arc::new(vm), vcpus))
+}
+
+/// The number that a descriptor has in the guest's process, by its place in the list.
+fn number(place: usize) -> io::Result<u32> {
+    u32::try_from(wire::FIRST_FD + place).map_err(io::Error::other)
+}
+
+fn setup(vcpus: u32, maps: &[Map], descriptors: &Descriptors) -> Setup {
+    let none = Map {
+        gpa: 0,
+        len: 0,
+        offset: 0,
+        fd: 0,
+        prot: 0,
+    };
+    Setup {
         vcpus,
         map_count: maps.len() as u32,
-        event_fds: descriptors.first_event as u32,
-        self_report: 0,
+        event_fds: descriptors.kicks as u32,
+        kicks: descriptors.kicks as u32,
         vcpu_pages: VCPU_PAGES_BASE,
         park: gate::park(),
         finish: gate::finish(),
@@ -110,116 +205,9 @@ pub(crate) fn create(
         fault_handler: gate::fault_handler(),
         fault_stacks: FAULT_STACKS,
         fault_stack_len: FAULT_STACK,
-        maps: std::array::from_fn(|i| {
-            maps.get(i).copied().unwrap_or(Map {
-                gpa: 0,
-                len: 0,
-                offset: 0,
-                fd: 0,
-                prot: 0,
-            })
-        }),
-    };
-    write_setup(&setup_region, &setup).map_err(step("write the set-up"))?;
-
-    let watch = Arc::new(Watch::new());
-    // The stub goes on once it is watched and what it jumps into is written.
-    let (go_region, go_watch) = (setup_region.clone(), Arc::clone(&watch));
-    let left = AtomicU8::new(2);
-    let go = Arc::new(move || {
-        // Ordering: AcqRel, so that the last one publishes what both have done.
-        if left.fetch_sub(1, Ordering::AcqRel) > 1 {
-            return;
-        }
-        let offset = |field: usize| field as u64;
-        if !go_watch.traced.load(Ordering::Acquire) {
-            let _ = go_region.write(offset(offset_of!(Setup, self_report)), &1u32);
-        }
-        if let Ok(word) = go_region.word32(offset(offset_of!(Setup, go))) {
-            word.store(1, Ordering::Release);
-            futex::wake(word);
-        }
-    });
-    let start = Start {
-        descriptors: descriptors.list.clone(),
-        base,
-        go: Arc::clone(&go) as _,
-        memory: Arc::clone(&memory),
-        vcpus,
-        trace: !self_report,
-        reporter: Arc::downgrade(reporter),
-    };
-    let (sender, started) = mpsc::channel();
-    let watched = Arc::clone(&watch);
-    let supervisor = std::thread::Builder::new()
-        .name("pv-supervisor".into())
-        .spawn(move || {
-            supervisor::run(start, &watched, |result| {
-                let _ = sender.send(result);
-            });
-        })
-        .map_err(step("the supervisor thread"))?;
-    let mut write_all = || {
-        write_gate(&memory, &descriptors, &number).map_err(step("write the gate"))?;
-        for vcpu in 0..vcpus {
-            let page = vcpu_page(vcpu) - VMM_BASE;
-            let wake = number(descriptors.wakes + vcpu as usize)? as i32;
-            init_page(&memory, page, wake).map_err(step("write a vCPU page"))?;
-        }
-        go();
-        meanwhile().map_err(step("load the guest"))
-    };
-    let loaded = write_all();
-    // Now that there is nothing left to do but to wait for the process.
-    let prepared = loaded.and_then(|()| first().map_err(step("the first vCPU's thread")));
-    let pidfd = started
-        .recv()
-        .unwrap_or_else(|_| Err(io::Error::other("the supervisor thread ended")))
-        .map_err(step("start the sandboxed process"))?;
-    let mut vm = ProcessVm {
-        pidfd,
-        watch,
-        memory: Arc::clone(&memory),
-        events,
-        calls_base: number(descriptors.calls)? as i32,
-        waiting: Mutex::new(vec![Vec::new(); vcpus as usize]),
-        layers: 0,
-        supervisor: Some(supervisor),
-    };
-    let first = match prepared {
-        Ok(first) => first,
-        Err(error) => {
-            vm.watch.ending.store(true, Ordering::Release);
-            return Err(error);
-        }
-    };
-    let ready = memory
-        .vmm
-        .word32(vcpu_page(0) - VMM_BASE + page::READY as u64)
-        .map_err(step("vCPU page"))?;
-    if !supervisor::wait_ready(ready, &vm.watch.gone, STUB_READY_TIMEOUT) {
-        // Dropping the VM ends the process; what it left in the set-up says why it failed.
-        vm.watch.ending.store(true, Ordering::Release);
-        return Err(AccelError::Sandbox(why_not_ready(&setup_region)));
+        holes: descriptors.holes,
+        maps: std::array::from_fn(|i| maps.get(i).copied().unwrap_or(none)),
     }
-    vm.layers = setup_region
-        .read(offset_of!(Setup, layers) as u64)
-        .map_err(step("read the set-up"))?;
-    let vcpu = |index| {
-        Box::new(ProcessVcpu {
-            index,
-            memory: Arc::clone(&memory),
-            gone: Arc::clone(&vm.watch.gone),
-            owed: false,
-            look: Look::default(),
-            placement: Placement::default(),
-        }) as Box<dyn Vcpu>
-    };
-    let boot = vcpu(0);
-    // A thread that is gone says so by itself.
-    let _ = first.send(Box::new(|| Some(boot)));
-    let vcpus = (1..vcpus).map(vcpu).collect();
-    Ok((Arc::new(vm), vcpus))
 }
 
 fn prot(access: Access) -> u32 {
@@ -242,74 +230,64 @@ fn plan_maps(mappings: &[crate::memory::map::Mapping]) -> Result<Vec<Map>, Accel
         gpa: m.gpa,
         len: m.len,
         offset: m.offset,
-        // In the order in which `descriptors` lists them; 0 is the set-up.
+        // In the order in which `descriptors` lists them.
         fd: match m.source {
-            Source::Vmm => 1,
-            Source::RamLow => 2,
-            Source::RamHigh => 3,
-            Source::Arena(index) => 4 + index as u32,
+            Source::Vmm => 0,
+            Source::RamLow => 1,
+            Source::RamHigh => 2,
+            Source::Arena(index) => 3 + index as u32,
         },
         prot: prot(m.access),
     };
     Ok(mappings.iter().map(map).collect())
 }
 
-fn descriptors(
-    setup: &Region,
-    memory: &GuestMemory,
-    events: &EventTable,
-) -> Result<Descriptors, AccelError> {
-    let file = |region: &Region| region.file().map(AsRawFd::as_raw_fd);
-    let mut list = vec![file(setup), file(&memory.vmm), file(&memory.ram_low)];
-    list.push(memory.ram_high.as_ref().and_then(file));
-    list.extend(memory.arenas.iter().map(|a| file(&a.region)));
-    let first_event = list.len();
-    let mut kicks: Vec<Option<RawFd>> = events.calls().map(|_| None).collect();
-    for (doorbell, kick) in events.kicks() {
-        if let Some(slot) = kicks.get_mut(doorbell as usize) {
-            *slot = Some(kick.as_raw_fd());
-        }
+fn descriptors(memory: &GuestMemory, events: &EventTable) -> Result<Descriptors, AccelError> {
+    let missing = || AccelError::Sandbox("guest memory without a file".into());
+    let file = |region: &Region| region.file().map(AsRawFd::as_raw_fd).ok_or_else(missing);
+    let ram = file(&memory.ram_low)?;
+    let high = memory.ram_high.as_ref().map_or(Ok(ram), file)?;
+    let mut list = vec![file(&memory.vmm)?, ram, high];
+    for arena in &memory.arenas {
+        list.push(file(&arena.region)?);
     }
-    let calls = first_event + kicks.len();
-    list.extend(kicks);
-    list.extend(events.calls().map(|(_, e)| Some(e.as_raw_fd())));
+    let kicks = list.len();
+    let mut holes = [0u64; wire::HOLE_WORDS];
+    for (event, call) in events.calls() {
+        let kick = events.kick(event);
+        if kick.is_none()
+            && let Some(word) = holes.get_mut(event as usize / 64)
+        {
+            *word |= 1 << (event % 64);
+        }
+        list.push(kick.unwrap_or(call).as_raw_fd());
+    }
+    let calls = list.len();
+    list.extend(events.calls().map(|(_, e)| e.as_raw_fd()));
     let wakes = list.len();
-    list.extend(events.wakes().map(|(_, e)| Some(e.as_raw_fd())));
+    list.extend(events.wakes().map(|(_, e)| e.as_raw_fd()));
     Ok(Descriptors {
         list,
-        first_event,
-        kicks: first_event,
+        kicks,
         calls,
         wakes,
+        holes,
     })
 }
 
-fn write_gate(
-    memory: &GuestMemory,
-    descriptors: &Descriptors,
-    number: &dyn Fn(usize) -> Result<u32, AccelError>,
-) -> io::Result<()> {
-    let number = |index| number(index).map_err(io::Error::other);
-    let count = |from: usize, to: usize| u32::try_from(to - from).unwrap_or(0);
+fn write_gate(memory: &GuestMemory, descriptors: &Descriptors) -> io::Result<()> {
+    let count = |from: usize, to: usize| u32::try_from(to - from).map_err(io::Error::other);
     let end = descriptors.list.len();
     let data = gate::GateData {
         kick_base: number(descriptors.kicks)?,
-        kick_count: count(descriptors.kicks, descriptors.calls),
+        kick_count: count(descriptors.kicks, descriptors.calls)?,
         wake_base: number(descriptors.wakes)?,
-        wake_count: count(descriptors.wakes, end),
+        wake_count: count(descriptors.wakes, end)?,
     };
-    let program = filter::program(number(descriptors.first_event)?..number(end)?)?;
+    let program = filter::program(number(descriptors.kicks)?..number(end)?);
     let image = filter::image(&program, gate::FILTER)?;
-    if image.len() as u64 > gate::FILTER_LEN {
-        return Err(io::Error::other("the filter does not fit"));
-    }
-    memory
-        .vmm
-        .write_bytes(GATE_BASE - VMM_BASE, gate::bodies())?;
-    memory
-        .vmm
-        .write_bytes(gate::DATA - VMM_BASE, &data.bytes())?;
-    memory.vmm.write_bytes(gate::FILTER - VMM_BASE, &image)
+    let page = gate::page(data, &image)?;
+    memory.vmm.write_bytes(GATE_BASE - VMM_BASE, &page)
 }
 
 /// Page contents that the stub needs before the builder writes the rest.
@@ -317,6 +295,8 @@ fn init_page(memory: &GuestMemory, page: u64, wake: i32) -> io::Result<()> {
     let vmm = &memory.vmm;
     vmm.write(page, &(page + VMM_BASE))?;
     vmm.write(page + page::HANDOFF as u64, &handoff::PARKED)?;
+    // A stub that failed before may have left something.
+    vmm.write(page + page::READY as u64, &0u32)?;
     let entry = PollEntry {
         fd: wake,
         events: libc::POLLIN,
@@ -325,62 +305,6 @@ fn init_page(memory: &GuestMemory, page: u64, wake: i32) -> io::Result<()> {
     vmm.write(page + page::POLL as u64, &entry)?;
     vmm.write(page + page::POLL_EVENT as u64, &u16::MAX)?;
     vmm.write(page + page::POLL_COUNT as u64, &1u32)
-}
-
-fn write_setup(region: &Region, setup: &Setup) -> io::Result<()> {
-    // Field by field: the structure is plain integers, but it is not a zerocopy type, because the
-    // stub compiles it without dependencies.
-    let words = [
-        u64::from(setup.go) | u64::from(setup.failed_step) << 32,
-        u64::from(setup.failed_errno) | u64::from(setup.layers) << 32,
-        u64::from(setup.vcpus) | u64::from(setup.map_count) << 32,
-        u64::from(setup.event_fds) | u64::from(setup.self_report) << 32,
-        setup.vcpu_pages,
-        setup.park,
-        setup.finish,
-        setup.filter,
-        setup.unmap_start,
-        setup.unmap_end,
-        setup.ready_offset,
-        setup.fault_handler,
-        setup.fault_stacks,
-        setup.fault_stack_len,
-    ];
-    let maps = setup.maps.iter().flat_map(|m| {
-        [
-            m.gpa,
-            m.len,
-            m.offset,
-            u64::from(m.fd) | u64::from(m.prot) << 32,
-        ]
-    });
-    let bytes: Vec<u8> = words
-        .into_iter()
-        .chain(maps)
-        .flat_map(u64::to_le_bytes)
-        .collect();
-    debug_assert_eq!(bytes.len(), size_of::<Setup>());
-    region.write_bytes(0, &bytes)
-}
-
-fn why_not_ready(setup: &Region) -> String {
-    let read = |field: usize| setup.read::<u32>(field as u64).unwrap_or(0);
-    let errno = i32::try_from(read(offset_of!(Setup, failed_errno))).unwrap_or(0);
-    let step = match read(offset_of!(Setup, failed_step)) {
-        wire::STEP_MAP => "map guest memory",
-        wire::STEP_CLONE => "start the vCPU threads",
-        wire::STEP_GS_BASE => "set GS base",
-        wire::STEP_SIGNALS => "install the fault handlers",
-        _ => {
-            return "it ended before it was ready; does this host allow seccomp filters (the \
-                    system call seccomp with SECCOMP_FILTER_FLAG_TSYNC)?"
-                .into();
-        }
-    };
-    format!(
-        "it could not {step}: {}",
-        io::Error::from_raw_os_error(errno)
-    )
 }
 
 impl ProcessVm {
@@ -408,6 +332,11 @@ impl ProcessVm {
 }
 
 impl AccelVm for ProcessVm {
+    fn start_first(&self, state: &StartState) -> io::Result<()> {
+        self.first_started.store(true, Ordering::Release);
+        start_guest(&self.memory, 0, state)
+    }
+
     fn watch_doorbell(&self, _doorbell: u32) -> io::Result<()> {
         Ok(())
     }
@@ -445,13 +374,13 @@ impl AccelVm for ProcessVm {
     }
 
     fn freeze(&self) -> io::Result<bool> {
-        if self.watch.want_stop(true) {
+        if self.stub.watch.want_stop(true) {
             match supervisor::signal(&self.pidfd, libc::SIGSTOP) {
                 Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(true),
                 other => other?,
             }
         }
-        if self.watch.wait_stopped(VCPU_KICK_TIMEOUT) {
+        if self.stub.watch.wait_stopped(VCPU_KICK_TIMEOUT) {
             Ok(true)
         } else {
             let kind = io::ErrorKind::TimedOut;
@@ -460,7 +389,7 @@ impl AccelVm for ProcessVm {
     }
 
     fn thaw(&self) -> io::Result<()> {
-        if !self.watch.want_stop(false) {
+        if !self.stub.watch.want_stop(false) {
             return Ok(());
         }
         match supervisor::signal(&self.pidfd, libc::SIGCONT) {
@@ -470,11 +399,11 @@ impl AccelVm for ProcessVm {
     }
 
     fn wait_dead(&self, deadline: Option<Instant>) -> bool {
-        self.watch.wait_dead(deadline)
+        self.stub.watch.wait_dead(deadline)
     }
 
     fn kill(&self) {
-        self.watch.ending.store(true, Ordering::Release);
+        self.stub.watch.ending.store(true, Ordering::Release);
         let _ = supervisor::signal(&self.pidfd, libc::SIGKILL);
     }
 
@@ -509,13 +438,13 @@ impl AccelVm for ProcessVm {
             ),
         ];
         for (bit, name) in known {
-            if self.layers & bit != 0 {
+            if self.stub.layers() & bit != 0 {
                 layers.push(name.to_owned());
             } else {
                 missing.push(format!("{name}: refused by this host"));
             }
         }
-        if self.watch.traced.load(Ordering::Acquire) {
+        if self.stub.watch.traced.load(Ordering::Acquire) {
             layers.push("ptrace: faults as the kernel saw them, killed with the VMM".to_owned());
         } else {
             missing.push("ptrace: not used, so faults are self-reported".to_owned());
@@ -523,21 +452,10 @@ impl AccelVm for ProcessVm {
         SandboxReport {
             layers,
             missing,
+            spare: self.stub.is_spare(),
             claim: "isolation of a seccomp-confined process; the host kernel's page-fault, futex, \
                     poll and eventfd code is exposed, and CPU side channels; weaker than hardware \
                     KVM",
-        }
-    }
-}
-
-impl Drop for ProcessVm {
-    fn drop(&mut self) {
-        self.kill();
-        // The supervisor itself may hold the last reference, for the moment of a report.
-        if let Some(supervisor) = self.supervisor.take()
-            && supervisor.thread().id() != std::thread::current().id()
-        {
-            let _ = supervisor.join();
         }
     }
 }
