@@ -142,7 +142,7 @@ impl Report {
                 bench = row.bench;
                 let _ = writeln!(
                     out,
-                    "\n{bench}\n  {:<8} {:<40} {:>30}  {:>30}  bar",
+                    "\n{bench}\n  {:<8} {:<52} {:>30}  {:>30}  bar",
                     "accel", "figure", "median [p10 .. p90]", "floor"
                 );
             }
@@ -152,7 +152,7 @@ impl Report {
             });
             let _ = writeln!(
                 out,
-                "  {:<8} {:<40} {measured:>30}  {floor:>30}  {}",
+                "  {:<8} {:<52} {measured:>30}  {floor:>30}  {}",
                 row.accel,
                 row.what,
                 bar_text(row)
@@ -179,7 +179,8 @@ impl Report {
 
 fn bar_text(row: &Row) -> String {
     let (Some(bar), Some(verdict)) = (row.bar, row.verdict) else {
-        return String::new();
+        let ratio = row.floor.map(|floor| row.measured.median / floor.median);
+        return ratio.map_or(String::new(), |ratio| format!("ratio: {}", number(ratio)));
     };
     let met = if verdict.met { "met" } else { "NOT met" };
     let (value, limit) = (number(verdict.value), number(verdict.limit));
