@@ -192,17 +192,7 @@ fn a_streams_peer_goes_and_comes_back() {
     let mut front = front(&path("a"));
     for round in 0..3usize {
         // The daemon comes by itself, from inside its sandbox.
-        listener.set_nonblocking(true).unwrap();
-        let deadline = Instant::now() + TIMEOUT;
-        let mut peer = loop {
-            match listener.accept() {
-                Ok((stream, _)) => break stream,
-                Err(_) => assert!(Instant::now() < deadline, "it does not connect"),
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        peer.set_nonblocking(false).unwrap();
-        peer.set_read_timeout(Some(TIMEOUT)).unwrap();
+        let mut peer = accept(&listener);
         for len in [14, 60, 1514, 40_000, 65_550] {
             while front.in_flight(0) < 31 {
                 assert!(front.offer_receive(0, 4096));
@@ -233,6 +223,117 @@ fn a_streams_peer_goes_and_comes_back() {
     }
     drop(front);
     assert_eq!(daemon.end(), (Some(0), String::new()));
+}
+
+/// Waits for the daemon to connect.
+fn accept(listener: &UnixListener) -> UnixStream {
+    listener.set_nonblocking(true).unwrap();
+    let deadline = Instant::now() + TIMEOUT;
+    let peer = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(_) => assert!(Instant::now() < deadline, "it does not connect"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    peer.set_nonblocking(false).unwrap();
+    peer.set_read_timeout(Some(TIMEOUT)).unwrap();
+    peer
+}
+
+/// The process that connects: the daemon's first child.
+fn connecting(daemon: &Daemon) -> libc::pid_t {
+    let pid = daemon.0.id();
+    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let pids = list.split_ascii_whitespace();
+    pids.map(|pid| pid.parse().unwrap()).min().unwrap()
+}
+
+fn signal(pid: libc::pid_t, signal: libc::c_int) {
+    // SAFETY: takes no pointer; the process is the daemon's, which has not been waited for.
+    assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+}
+
+#[test]
+fn who_connects_to_a_streams_peer_holds_nobody_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let listener = UnixListener::bind(path("peer")).unwrap();
+    let args = port(&path("a"), 1, &format!("stream={}", path("peer").display()));
+    let mut daemon = Daemon::quiet(netd().args(&args));
+    let first = accept(&listener);
+    let helper = connecting(&daemon);
+    let mut guest = front(&path("a"));
+    for round in 0..3u8 {
+        // It does not answer, while the peer is gone for longer than any answer is waited for; the
+        // queue stops and starts all the same.
+        signal(helper, libc::SIGSTOP);
+        if round == 0 {
+            first.shutdown(std::net::Shutdown::Both).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(600));
+        drop(guest);
+        guest = front(&path("a"));
+        guest.send(1, &PLAIN, &frame(9, 1, 60));
+        signal(helper, libc::SIGCONT);
+        // One connection, and the answer to it is not another's.
+        let mut peer = accept(&listener);
+        assert!(guest.offer_receive(0, 2048));
+        let bytes = frame(1, round, 100);
+        peer.write_all(&100u32.to_be_bytes()).unwrap();
+        peer.write_all(&bytes).unwrap();
+        assert_eq!(guest.receive(0).1, bytes);
+        guest.send(1, &PLAIN, &frame(9, round, 200));
+        assert_eq!(stream_frame(&mut peer), frame(9, round, 200));
+        assert!(listener.accept().is_err(), "a second connection");
+    }
+    // It ends with the daemon, and with what that had asked for last.
+    signal(helper, libc::SIGSTOP);
+    drop(listener);
+    std::thread::sleep(Duration::from_millis(300));
+    daemon.kill();
+    signal(helper, libc::SIGCONT);
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let stat = std::fs::read_to_string(format!("/proc/{helper}/stat"));
+        // What nobody reaps is over as well.
+        if stat.is_err() || stat.unwrap().contains(") Z ") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "it outlives the daemon");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_streams_peer_that_takes_no_more_is_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let listener = UnixListener::bind(path("peer")).unwrap();
+    // SAFETY: takes no pointer.
+    let full = unsafe { libc::listen(std::os::fd::AsRawFd::as_raw_fd(&listener), 0) };
+    assert_eq!(full, 0);
+    let _waiting = UnixStream::connect(path("peer")).unwrap();
+    let args = port(&path("a"), 1, &format!("stream={}", path("peer").display()));
+    for ends in [true, false] {
+        let daemon = Daemon::start(netd().args(&args));
+        let mut guest = front(&path("a"));
+        guest.send(1, &PLAIN, &frame(9, 1, 60));
+        if !ends {
+            drop(listener.accept().unwrap());
+            let mut peer = accept(&listener);
+            // Not before it has the connection.
+            peer.write_all(&[0, 0, 0, 60]).unwrap();
+            peer.write_all(&frame(1, 9, 60)).unwrap();
+            assert!(guest.offer_receive(0, 2048));
+            assert_eq!(guest.receive(0).1, frame(1, 9, 60));
+        }
+        drop(guest);
+        assert_eq!(daemon.end(), (Some(0), String::new()));
+        if !ends {
+            return;
+        }
+    }
 }
 
 #[test]
