@@ -84,6 +84,8 @@ pub(super) fn features(options: &NetOptions) -> u64 {
         | feature::CTRL_VLAN
         | feature::CTRL_MAC_ADDR
         | feature::GUEST_ANNOUNCE
+        | feature::NOTF_COAL
+        | feature::VQ_NOTF_COAL
         | feature::HASH_REPORT;
     if options.mtu.is_some() {
         features |= feature::MTU;

@@ -1,5 +1,6 @@
 //! The control queue (virtio 1.3 §5.1.6.5): a thread that carries out commands.
 
+use super::coalesce::Wish;
 use super::limits::{MAX_BATCH, MAX_CHANGE_BURST, MAX_CHANGE_RATE, MAX_CONTROL_BYTES};
 use super::port::Port;
 use super::rss::Hashing;
@@ -89,17 +90,24 @@ impl Commands {
         let mut done = Vec::new();
         while done.len() < MAX_BATCH && self.changes.delay().is_none() {
             let Ok(Some(chain)) = ring.pop() else { break };
-            let outcome = read(&chain, &memory).and_then(|bytes| self.carry_out(&bytes));
+            let outcome = read(&chain, &memory).and_then(|bytes| {
+                self.carry_out(&bytes)?;
+                let result = self.result(&bytes);
+                // Behind the answer.
+                let fits = result.is_empty() || chain.write_at(&memory, 1, &result).is_ok();
+                fits.then_some(result.len())
+            });
             self.link.stats.command(outcome.is_some());
-            let answer = match outcome {
-                Some(()) => control::OK,
-                None => control::ERR,
+            let (answer, result) = match outcome {
+                Some(len) => (control::OK, len),
+                None => (control::ERR, 0),
             };
             // The answer is the first byte that the device writes; there may be nowhere to put it.
             let written = chain.write_at(&memory, 0, &[answer]).is_ok();
             done.push(Completion {
                 head: chain.head(),
-                written: u32::from(written),
+                // A few bytes.
+                written: u32::from(written) + result as u32,
             });
         }
         ring.complete(&done);
@@ -180,6 +188,23 @@ impl Commands {
                 self.link.set_hashing(Some(Hashing::parse_report(body)?));
                 Some(())
             }
+            control::NOTF_COAL_TX_SET | control::NOTF_COAL_RX_SET => {
+                self.has(feature::NOTF_COAL)?;
+                let wish = Wish::parse(body)?;
+                let first = u16::from((class, command) == control::NOTF_COAL_TX_SET);
+                (0..self.link.options.queue_pairs)
+                    .try_for_each(|pair| self.link.coalescing.set(2 * pair + first, wish))
+            }
+            control::NOTF_COAL_VQ_SET => {
+                self.has(feature::VQ_NOTF_COAL)?;
+                let (queue, wish) = body.split_at_checked(4)?;
+                let queue = self.coalesced_queue(queue)?;
+                self.link.coalescing.set(queue, Wish::parse(wish)?)
+            }
+            control::NOTF_COAL_VQ_GET => {
+                self.has(feature::VQ_NOTF_COAL)?;
+                self.coalesced_queue(body).map(drop)
+            }
             control::GUEST_OFFLOADS_SET => {
                 self.has(feature::CTRL_GUEST_OFFLOADS)?;
                 let wanted = u64::from_le_bytes(<[u8; 8]>::try_from(body).ok()?);
@@ -195,6 +220,29 @@ impl Commands {
             }
             _ => None,
         }
+    }
+
+    /// What a command that was carried out gives beside its answer.
+    fn result(&self, bytes: &[u8]) -> Vec<u8> {
+        let wish = match bytes.split_first_chunk::<2>() {
+            Some((&[class, command], body)) if (class, command) == control::NOTF_COAL_VQ_GET => {
+                let queue = self.coalesced_queue(body);
+                queue.and_then(|queue| self.link.coalescing.wish(queue))
+            }
+            _ => None,
+        };
+        wish.map_or_else(Vec::new, |wish| wish.to_bytes().to_vec())
+    }
+
+    /// A receive or transmit queue that the driver can have, by its index and reserved bytes.
+    fn coalesced_queue(&self, bytes: &[u8]) -> Option<u16> {
+        let [low, high, _, _] = <[u8; 4]>::try_from(bytes).ok()?;
+        let queue = u16::from_le_bytes([low, high]);
+        let pairs = match self.features & (feature::MQ | feature::RSS) {
+            0 => 1,
+            _ => self.link.options.queue_pairs,
+        };
+        (queue < 2 * pairs).then_some(queue)
     }
 
     fn set_pairs(&self, pairs: u16) {

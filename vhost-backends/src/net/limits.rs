@@ -24,6 +24,9 @@ pub const MAX_CONTROL_BYTES: u64 = 4096;
 pub const MAX_CHANGE_RATE: u64 = 20;
 /// Such changes at once: more than a driver's start takes.
 pub const MAX_CHANGE_BURST: u64 = 8;
+/// Microseconds that a call to the driver can be held back at most: a driver that asks for more
+/// waits that long, and nothing else does.
+pub const MAX_COALESCE_MICROS: u32 = 10_000;
 /// Stations that a switch knows: what is not known is flooded.
 pub const MAX_STATIONS: usize = 4096;
 /// Stations behind one port of a switch, as long as the table has room; where it is full, a port

@@ -6,6 +6,7 @@
 //! | `receive` | frames, from anywhere | used receive buffers, and a signal for each batch |
 //! | `source` | a port's readable descriptor | frames, read right into receive buffers |
 //! | `capture` | frames as they pass | a pcapng file |
+//! | `coalesce` | calls to the driver | fewer of them, where it wants that |
 //! | `control` | commands | filters, offloads, queue pairs |
 //! | `frame`, `offload` | a frame and what its receiver takes | frames that it takes |
 //! | `port` | batches of frames | a tap, a switch, a socket, an interface, or the same guest |
@@ -14,6 +15,7 @@
 //! queue; between a guest and a tap the kernel copies, and nobody else.
 
 mod capture;
+mod coalesce;
 mod config;
 mod control;
 mod filter;
@@ -41,8 +43,11 @@ pub use stats::{Drop, NetSnapshot, NetStats};
 use crate::limit::Limiter;
 use crate::ring::{DeviceRing, Retire};
 use crate::session::quota::PEER_LINES;
-use crate::session::{ConfigRefused, Device, FrontendLink, QueueSetup, QueueStop, QueueWorker};
+use crate::session::{
+    ConfigRefused, Device, FrontendLink, Notifier, QueueSetup, QueueStop, QueueWorker,
+};
 use capture::Capture;
+use coalesce::Coalescing;
 use filter::Filter;
 use port::Port;
 use pv_abi::virtio::feature as ring;
@@ -81,6 +86,7 @@ pub(crate) struct Link {
     steering: Steering,
     hashing: RwLock<Option<Arc<Hashing>>>,
     capture: Capture,
+    coalescing: Coalescing,
     pub(crate) limiter: Limiter,
     pub(crate) stats: NetStats,
 }
@@ -148,7 +154,15 @@ impl Link {
         self.change_filter(|filter| *filter = Filter::open(self.options.mac));
         self.guest_offloads.store(u64::MAX, Ordering::Relaxed);
         self.set_hashing(None);
+        self.coalescing.reset();
         self.set_active_pairs(1, port);
+    }
+
+    /// So many packets of a queue are done: its driver is called, if it wants that, now or later.
+    fn call(&self, queue: u16, packets: usize, wanted: bool, call: &Arc<Notifier>) {
+        if self.coalescing.done(queue, packets, wanted, call) {
+            self.stats.called();
+        }
     }
 
     fn ring_retired(&self, reason: &Retire) {
@@ -183,6 +197,7 @@ impl NetDevice {
             steering: Steering::default(),
             hashing: RwLock::default(),
             capture: Capture::default(),
+            coalescing: Coalescing::new(2 * options.queue_pairs),
             limiter: Limiter::default(),
             stats: NetStats::default(),
         });
@@ -372,7 +387,14 @@ impl Device for NetDevice {
         match role {
             Role::Control => control::spawn(Arc::clone(&self.link), Arc::clone(&self.port), setup),
             Role::Transmit(pair) => {
-                transmit::spawn(Arc::clone(&self.link), Arc::clone(&self.port), pair, setup)
+                let (link, queue) = (Arc::clone(&self.link), setup.index);
+                let port = Arc::clone(&self.port);
+                let worker = transmit::spawn(Arc::clone(&link), port, pair, setup)?;
+                Ok(Box::new(Sending {
+                    worker,
+                    link,
+                    queue,
+                }))
             }
             Role::Receive(pair) => {
                 let open = OpenPair::new(&self.link, &self.port, pair, setup.features);
@@ -405,6 +427,21 @@ impl QueueWorker for Pushed {
     }
 }
 
+/// A transmit queue that is served.
+struct Sending {
+    worker: Box<dyn QueueWorker>,
+    link: Arc<Link>,
+    queue: u16,
+}
+
+impl QueueWorker for Sending {
+    fn stop(self: Box<Self>) -> QueueStop {
+        let stop = self.worker.stop();
+        self.link.coalescing.release(self.queue);
+        stop
+    }
+}
+
 /// A receive queue that is served.
 struct Receiving {
     worker: Box<dyn QueueWorker>,
@@ -415,6 +452,7 @@ impl QueueWorker for Receiving {
     fn stop(self: Box<Self>) -> QueueStop {
         let Receiving { worker, open } = *self;
         let stop = worker.stop();
+        open.link.coalescing.release(2 * open.pair);
         drop(open);
         stop
     }

@@ -128,6 +128,7 @@ struct Buffer {
 /// One receive queue.
 #[derive(Debug)]
 pub(super) struct RxQueue {
+    index: u16,
     ring: Ring,
     memory: Arc<GuestMemoryMmap>,
     call: Arc<Notifier>,
@@ -142,8 +143,8 @@ pub(super) struct RxQueue {
     staged: VecDeque<Buffer>,
     staged_room: usize,
     finder: Finder,
-    /// Something was published, and the driver not called for it yet.
-    shown: bool,
+    /// Published, and the driver not called for them yet.
+    shown: usize,
     done: Vec<Completion>,
     scratch: Scratch,
     retired: bool,
@@ -163,6 +164,7 @@ enum NoRoom {
 impl RxQueue {
     fn new(setup: QueueSetup, link: Arc<Link>) -> RxQueue {
         RxQueue {
+            index: setup.index,
             memory: Arc::clone(setup.ring.memory()),
             ring: setup.ring,
             call: setup.call,
@@ -177,7 +179,7 @@ impl RxQueue {
             staged: VecDeque::new(),
             staged_room: 0,
             finder: Finder::default(),
-            shown: false,
+            shown: 0,
             done: Vec::new(),
             scratch: Scratch::default(),
             retired: false,
@@ -437,24 +439,19 @@ impl RxQueue {
     fn show(&mut self, least: usize) {
         if self.done.len() >= least {
             self.ring.complete(&self.done);
+            self.shown += self.done.len();
             self.done.clear();
-            self.shown = true;
         }
     }
 
     /// Publishes what was filled, and calls the driver if it wants that.
     pub(super) fn publish(&mut self) {
         self.empty = false;
-        if !std::mem::take(&mut self.shown) && self.done.is_empty() {
-            return;
-        }
-        if !self.done.is_empty() {
-            self.ring.complete(&self.done);
-            self.done.clear();
-        }
-        if self.ring.should_signal() {
-            self.link.stats.called();
-            self.call.signal();
+        self.show(1);
+        let shown = std::mem::take(&mut self.shown);
+        if shown > 0 {
+            let wanted = self.ring.should_signal();
+            (self.link).call(self.index, shown, wanted, &self.call);
         }
     }
 

@@ -53,10 +53,8 @@ pub(super) fn spawn(
         let mut batch = Batch::default();
         while !wake.stop.is_set() {
             if worker.turn(&memory, &mut batch) {
-                if worker.ring.should_signal() {
-                    worker.link.stats.called();
-                    call.signal();
-                }
+                let wanted = worker.ring.should_signal();
+                (worker.link).call(setup.index, batch.done.len(), wanted, &call);
                 continue;
             }
             if worker.retired {

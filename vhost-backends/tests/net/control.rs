@@ -1,6 +1,8 @@
 //! The control queue, and several pairs.
 
-use super::support::net::{Buffer, CTRL, GUEST_CSUM, HASH_REPORT, MQ, NetFront, RSS};
+use super::support::net::{
+    Buffer, CTRL, GUEST_CSUM, HASH_REPORT, MQ, NetFront, RSS, TIMEOUT, VERSION_1,
+};
 use super::support::raw;
 use super::{BASE, FORMATS, MAC, PLAIN, device, frame};
 use std::sync::{Arc, Mutex};
@@ -111,6 +113,99 @@ fn control_commands() {
         assert_eq!(front.wait_used(2).1, 0);
         assert!(ok(&mut front, &[&[0, 0], &[1]]), "it still serves");
         assert!(wants(&mut front, &to(MAC)));
+    }
+}
+
+/// Coalescing of all queues of a kind, and of each.
+const COALESCE: u64 = 1 << 53 | 1 << 52;
+
+#[test]
+fn calls_are_put_together_where_the_driver_wants_it() {
+    for format in FORMATS {
+        let device = device(Loopback::default());
+        // Without the event index every batch is one to call for.
+        let features = VERSION_1 | CTRL | COALESCE | format;
+        let mut front = NetFront::start(device.clone(), features, 3);
+        let run = |front: &mut NetFront| {
+            let before = device.stats().snapshot().calls;
+            for _ in 0..60 {
+                assert!(front.offer_receive(0, 2048));
+                front.send(1, &PLAIN, &frame(MAC, MAC, 60));
+                front.receive(0);
+            }
+            device.stats().snapshot().calls - before
+        };
+        let arrives = |front: &mut NetFront, queue| {
+            let deadline = Instant::now() + TIMEOUT;
+            while !front.called(queue) {
+                assert!(Instant::now() < deadline, "no call on queue {queue}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        // The last ones may be counted a moment after their frames.
+        let both = 2 * 60 - 2..=2 * 60 + 2;
+        assert!(both.contains(&run(&mut front)));
+        let wish =
+            |packets: u32, micros: u32| [packets.to_le_bytes(), micros.to_le_bytes()].concat();
+        let ok = |front: &mut NetFront, parts: &[&[u8]]| front.command(2, parts) == 0;
+        assert!(ok(&mut front, &[&[6, 0], &wish(0, u32::MAX)]), "sent ones");
+        assert!(
+            ok(&mut front, &[&[6, 1], &wish(30, u32::MAX)]),
+            "received ones"
+        );
+        assert!(run(&mut front) < *both.start());
+        // The last is called for as well, if it takes its time.
+        for queue in [0, 1] {
+            while front.called(queue) {}
+        }
+        assert!(front.offer_receive(0, 2048));
+        front.send(1, &PLAIN, &frame(MAC, MAC, 60));
+        arrives(&mut front, 0);
+        arrives(&mut front, 1);
+        // What is in force can be asked for: behind the answer, with the bound on time.
+        let ask = |front: &mut NetFront, queue: u8, room: u32| {
+            let at = front.place(16);
+            front.memory.fill(at, &[6, 3, queue, 0, 0, 0]);
+            let piece = |from: u64, len, writable| Buffer {
+                at: at + from,
+                len,
+                writable,
+            };
+            let chain = [piece(0, 6, false), piece(6, 1, true), piece(7, room, true)];
+            front.offer(2, &chain).unwrap();
+            front.kick(2);
+            let written = front.wait_used(2).1;
+            (written, front.memory.bytes(at + 6, 9))
+        };
+        let expected = [&[0][..], &wish(30, 10_000)].concat();
+        assert_eq!(ask(&mut front, 0, 8), (9, expected));
+        assert_eq!(ask(&mut front, 0, 7).1[0], 1, "no room for it");
+        assert_eq!(ask(&mut front, 2, 8).1[0], 1, "no such queue");
+        for queue in [0, 1] {
+            assert!(ok(&mut front, &[&[6, 2, queue, 0, 0, 0], &wish(1, 5)]));
+        }
+        assert!(both.contains(&run(&mut front)));
+        let refused: [&[u8]; 8] = [
+            &[6, 0],
+            &[6, 0, 1, 0, 0, 0, 1, 0, 0],
+            &[6, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0],
+            &[6, 2, 0, 0, 0, 0],
+            &[6, 2, 2, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0],
+            &[6, 3],
+            &[6, 3, 0, 1, 0, 0],
+            &[6, 4, 0, 0, 0, 0, 0, 0, 0, 0],
+        ];
+        for bytes in refused {
+            assert_eq!(front.command(2, &[bytes]), 1, "{bytes:?}");
+        }
+        // A reset forgets it; without the features there are no such commands.
+        assert!(ok(&mut front, &[&[6, 0], &wish(0, 10_000)]));
+        drop(front);
+        let mut front = NetFront::start(device.clone(), VERSION_1 | CTRL | format, 3);
+        assert!(both.contains(&run(&mut front)));
+        for command in 0..4 {
+            assert_eq!(front.command(2, &[&[6, command], &[1; 12]]), 1);
+        }
     }
 }
 
