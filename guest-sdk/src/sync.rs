@@ -106,3 +106,52 @@ impl<T: ?Sized> fmt::Debug for SpinGuard<'_, T> {
         f.debug_struct("SpinGuard").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::SpinLock;
+    use std::vec::Vec;
+
+    /// Two numbers that are equal whenever the lock is free, changed by threads that stop at odd
+    /// moments. Not a loom model: a `const` lock cannot have loom's atomics, and there is one flag.
+    #[test]
+    fn holders_are_alone() {
+        const THREADS: u64 = 4;
+        const ROUNDS: u64 = 20_000;
+        let lock = SpinLock::new((0u64, 0u64));
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..THREADS)
+                .map(|thread| {
+                    let lock = &lock;
+                    scope.spawn(move || {
+                        let mut random = thread + 1;
+                        let mut tried = 0u64;
+                        for _ in 0..ROUNDS {
+                            random ^= random << 13;
+                            random ^= random >> 7;
+                            random ^= random << 17;
+                            let guard = if random & 1 == 0 {
+                                Some(lock.lock())
+                            } else {
+                                lock.try_lock()
+                            };
+                            let Some(mut both) = guard else { continue };
+                            assert_eq!(both.0, both.1);
+                            both.0 += 1;
+                            if random & 0xf00 == 0 {
+                                std::thread::yield_now();
+                            }
+                            both.1 += 1;
+                            tried += 1;
+                        }
+                        tried
+                    })
+                })
+                .collect();
+            let taken: u64 = workers.into_iter().map(|w| w.join().unwrap()).sum();
+            let both = lock.lock();
+            assert!(taken >= THREADS * ROUNDS / 4, "{taken}");
+            assert_eq!(*both, (taken, taken));
+        });
+    }
+}
