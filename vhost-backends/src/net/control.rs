@@ -158,8 +158,7 @@ impl Commands {
             control::ANNOUNCE_ACK => {
                 self.has(feature::GUEST_ANNOUNCE)?;
                 body.is_empty().then_some(())?;
-                // Ordering: Relaxed, as for all of the link.
-                self.link.announce.store(false, Ordering::Relaxed);
+                self.link.announced();
                 Some(())
             }
             control::MQ_VQ_PAIRS_SET => {

@@ -56,7 +56,7 @@ use rss::Hashing;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use steering::Steering;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
@@ -67,7 +67,6 @@ pub struct NetDevice {
     port: Arc<dyn Port>,
     link: Arc<Link>,
     inlet: Arc<Inlet>,
-    frontend: Mutex<Option<Arc<FrontendLink>>>,
 }
 
 /// What the queues of a device share.
@@ -76,6 +75,7 @@ pub(crate) struct Link {
     options: NetOptions,
     up: AtomicBool,
     announce: AtomicBool,
+    frontend: Mutex<Option<Arc<FrontendLink>>>,
     filter: RwLock<Arc<Filter>>,
     /// Receive offloads that the driver wants now, of those that it negotiated.
     guest_offloads: AtomicU64,
@@ -158,6 +158,43 @@ impl Link {
         self.set_active_pairs(1, port);
     }
 
+    fn frontend(&self) -> MutexGuard<'_, Option<Arc<FrontendLink>>> {
+        self.frontend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the frontend that configuration space is another, and waits until it has heard that.
+    fn tell(&self) -> io::Result<()> {
+        let frontend = self.frontend().clone();
+        match frontend {
+            Some(frontend) => frontend.config_changed(),
+            // One that comes later reads the configuration then.
+            None => Ok(()),
+        }
+    }
+
+    /// The driver has announced itself: it is not asked to any more, and who keeps a copy of the
+    /// configuration hears of that. One thread for each time that it was asked to.
+    fn announced(&self) {
+        if !self.announce.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let Some(frontend) = self.frontend().clone() else {
+            return;
+        };
+        // The frontend may be waiting for this queue to stop, and would not confirm before.
+        let tell = move || {
+            if let Err(error) = frontend.config_changed() {
+                tracing::debug!(%error, "the frontend was not told of an announcement");
+            }
+        };
+        let thread = std::thread::Builder::new().name("net-notice".into());
+        if let Err(error) = thread.spawn(tell)
+            && PEER_LINES.may_say()
+        {
+            tracing::warn!(%error, "the frontend is not told of an announcement");
+        }
+    }
+
     /// So many packets of a queue are done: its driver is called, if it wants that, now or later.
     fn call(&self, queue: u16, packets: usize, wanted: bool, call: &Arc<Notifier>) {
         if self.coalescing.done(queue, packets, wanted, call) {
@@ -190,6 +227,7 @@ impl NetDevice {
             options,
             up: AtomicBool::new(true),
             announce: AtomicBool::new(false),
+            frontend: Mutex::default(),
             filter: RwLock::new(Arc::new(Filter::open(options.mac))),
             guest_offloads: AtomicU64::new(u64::MAX),
             active_pairs: AtomicU16::new(1),
@@ -208,7 +246,6 @@ impl NetDevice {
             port,
             link,
             inlet,
-            frontend: Mutex::new(None),
         }
     }
 
@@ -231,30 +268,19 @@ impl NetDevice {
     /// to be called from a thread that serves the session's own messages.
     pub fn set_link(&self, up: bool) -> io::Result<()> {
         self.link.up.store(up, Ordering::Relaxed);
-        self.tell()
+        self.link.tell()
     }
 
     /// Asks the guest to announce itself, as after it was moved.
     pub fn announce(&self) -> io::Result<()> {
         self.link.announce.store(true, Ordering::Relaxed);
-        self.tell()
+        self.link.tell()
     }
 
     /// Writes what the guest sends and gets to `client`, as pcapng, until it hangs up or another
     /// one comes. What it does not read in time is left out.
     pub fn capture(&self, client: UnixStream, name: &str) -> io::Result<()> {
         self.link.capture.start(client, name)
-    }
-
-    fn tell(&self) -> io::Result<()> {
-        let guard = self.frontend.lock().unwrap_or_else(PoisonError::into_inner);
-        let frontend = guard.clone();
-        drop(guard);
-        match frontend {
-            Some(frontend) => frontend.config_changed(),
-            // One that comes later reads the configuration then.
-            None => Ok(()),
-        }
     }
 
     fn open_receive(&self, pair: u16, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {
@@ -369,7 +395,7 @@ impl Device for NetDevice {
             // The connection is over; the next driver starts from the beginning.
             self.link.reset(&*self.port);
         }
-        *self.frontend.lock().unwrap_or_else(PoisonError::into_inner) = frontend;
+        *self.link.frontend() = frontend;
     }
 
     fn open_queue(&self, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {

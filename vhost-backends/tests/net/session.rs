@@ -3,7 +3,7 @@
 use super::support::net::{Buffer, CTRL, MRG, NetFront, TIMEOUT};
 use super::support::raw;
 use super::{BASE, MAC, PLAIN, device, frame};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use vhost_backends::net::port::{Loopback, Port};
@@ -121,6 +121,49 @@ fn memory_that_can_be_cut_off_is_refused_where_others_depend_on_it() {
         assert_eq!(front.client.set(5, &table, &[&unsealed]), !needed);
         assert!(front.client.set(5, &table, &[&raw::memory(size)]));
     }
+}
+
+#[test]
+fn who_was_asked_to_announce_itself_is_not_asked_again() {
+    let device = device(Loopback::default());
+    let mut front = NetFront::start(device.clone(), BASE | CTRL, 3);
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let theirs = std::fs::File::from(std::os::fd::OwnedFd::from(theirs));
+    assert!(front.client.set(21, &[], &[&theirs]));
+    drop(theirs);
+    let mut told = || {
+        let mut head = [0; 12];
+        ours.read_exact(&mut head).unwrap();
+        let [request, flags, size] =
+            [0, 4, 8].map(|at| u32::from_ne_bytes(head[at..at + 4].try_into().unwrap()));
+        assert_eq!((request, size), (2, 0), "a change of configuration");
+        if flags & 8 != 0 {
+            let reply: [u32; 5] = [request, 1 | 4, 8, 0, 0];
+            let bytes = reply.map(u32::to_ne_bytes).concat();
+            ours.write_all(&bytes).unwrap();
+        }
+    };
+    let status = |front: &mut NetFront| {
+        let ask = [6u32.to_le_bytes(), 2u32.to_le_bytes(), [0; 4]].concat();
+        let reply = front.client.query(24, &[&ask[..], &[0; 2]].concat());
+        u16::from_le_bytes([reply[12], reply[13]])
+    };
+    for _ in 0..3 {
+        let asked = device.clone();
+        let asking = std::thread::spawn(move || asked.announce());
+        told();
+        asking.join().unwrap().unwrap();
+        assert_eq!(status(&mut front), 3);
+        // Acknowledged before the command comes back; the frontend is told after that.
+        assert_eq!(front.command(2, &[&[3, 0]]), 0);
+        assert_eq!(status(&mut front), 1);
+        told();
+        // Again: there is nothing to tell.
+        assert_eq!(front.command(2, &[&[3, 0]]), 0);
+    }
+    drop(front);
+    assert_eq!(ours.read(&mut [0]).unwrap(), 0, "something else was said");
 }
 
 /// Panics at a frame that begins with a zero, and gives back all others.
