@@ -303,9 +303,22 @@ impl Port for SwitchPort {
             .state
             .read()
             .unwrap_or_else(PoisonError::into_inner);
+        // Frames of a batch are often from one station to one other.
+        let mut before = None;
         let ways: Vec<Way> = frames
             .iter()
-            .map(|frame| self.way(&state, frame, now, &mut strangers))
+            .map(|frame| {
+                let addresses = (frame.source(), frame.destination());
+                if let Some((same, way)) = before
+                    && same == addresses
+                {
+                    return way;
+                }
+                let way = self.way(&state, frame, now, &mut strangers);
+                // What is flooded or dropped is counted one by one.
+                before = matches!(way, Way::To(_)).then_some((addresses, way));
+                way
+            })
             .collect();
         let guests: Vec<(usize, Arc<Inlet>)> = (0..)
             .zip(&state.ports)
