@@ -15,14 +15,13 @@ mod faults;
 mod filter;
 mod futex;
 mod gate;
-mod look;
-mod placement;
 mod spares;
 mod spawn;
 mod stub;
 mod supervisor;
 mod vcpu;
 mod vm;
+mod waiting;
 mod watch;
 #[path = "../../../stub/wire.rs"]
 #[allow(dead_code, unreachable_pub, missing_docs, clippy::manual_div_ceil)]

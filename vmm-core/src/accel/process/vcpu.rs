@@ -5,8 +5,7 @@
 //! wait for good is `gone`, which the guest cannot reach.
 
 use super::faults::{Signal, blame};
-use super::look::Look;
-use super::placement::{Placement, serve_promptly};
+use super::waiting::Waiting;
 use super::{futex, handoff, page};
 use crate::accel::{StartState, Vcpu, VcpuExit};
 use crate::fault::{Registers, Violation};
@@ -23,8 +22,7 @@ pub(super) struct ProcessVcpu {
     pub(super) gone: Arc<AtomicBool>,
     /// A hand-off waits for its answer.
     pub(super) owed: bool,
-    pub(super) look: Look,
-    pub(super) placement: Placement,
+    pub(super) waiting: Waiting,
     /// It runs already.
     pub(super) started: Arc<AtomicBool>,
 }
@@ -128,7 +126,7 @@ impl Vcpu for ProcessVcpu {
         if self.started.load(Ordering::Acquire) {
             return Ok(());
         }
-        serve_promptly();
+        Waiting::begin();
         start_guest(&self.memory, self.index, state)
     }
 
@@ -152,16 +150,14 @@ impl Vcpu for ProcessVcpu {
                     let frame = argument()?;
                     let hint = self.memory.vmm.word32(self.at(page::CPU))?;
                     let hint = hint.load(Ordering::Relaxed);
-                    if !self.look.helps() {
-                        self.placement.look(hint);
-                    }
+                    self.waiting.called(hint);
                     VcpuExit::Call(frame)
                 }
                 handoff::DOORBELL => VcpuExit::Doorbell(argument()?),
                 handoff::EXIT => VcpuExit::Exit(argument()?),
                 handoff::FAULT => self.self_report()?,
                 handoff::RUN | handoff::PARKED => {
-                    if !self.look.changes(word, state) {
+                    if !self.waiting.changes(word, state) {
                         futex::wait(word, state, None);
                     }
                     continue;

@@ -1,10 +1,9 @@
 //! Making a sandboxed VM of a stub: gate, filter, set-up.
 
-use super::look::Look;
-use super::placement::{Placement, serve_promptly};
 use super::spares::Spares;
 use super::stub::{Stub, setup_bytes};
 use super::vcpu::{ProcessVcpu, start_guest};
+use super::waiting::Waiting;
 use super::watch::Guest;
 use super::wire::{self, MAX_MAPS, Map, Setup};
 use super::{filter, gate, handoff, page, supervisor};
@@ -160,8 +159,7 @@ pub(crate) fn create(
         gone: Arc::clone(&vm.stub.watch.gone),
         started: Arc::new(AtomicBool::new(false)),
         owed: false,
-        look: Look::default(),
-        placement: Placement::default(),
+        waiting: Waiting::default(),
     };
     let boot = ProcessVcpu {
         started: Arc::clone(&vm.first_started),
@@ -169,7 +167,7 @@ pub(crate) fn create(
     };
     // A thread that is gone says so by itself.
     let _ = first.send(Box::new(|| {
-        serve_promptly();
+        Waiting::begin();
         Some(Box::new(boot))
     }));
     let vcpus = (1..vcpus).map(|index| Box::new(vcpu(index)) as Box<dyn Vcpu>);
