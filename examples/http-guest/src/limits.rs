@@ -11,8 +11,8 @@ pub const CONNECTION_BUFFER: usize = 64 << 10;
 pub const MAX_BACKLOG: usize = 1 << 20;
 /// Frames that were read and are not used yet.
 pub const MAX_FRAMES: usize = 1024;
-/// Bytes of a frame on the stream socket: no IP packet is larger.
-pub const MAX_FRAME: usize = 65_549;
+/// Bytes of a frame on the stream socket: what pv-netd and the guest's driver take at most.
+pub const MAX_FRAME: usize = 65_550;
 /// How long a connection may go without an answer of the guest.
 pub const SILENCE: Duration = Duration::from_secs(60);
 /// How long the guest may take until it serves.
