@@ -90,7 +90,8 @@ pub const NBD_HANDSHAKE_SECS: u64 = 10;
 pub const NBD_RETRY_SECS: u64 = 60;
 /// Milliseconds between two attempts to reach it.
 pub const NBD_REDIAL_MILLIS: u64 = 200;
-/// Seconds that they wait for it while their queue is to stop.
+/// Seconds that a server may be silent before what it was asked is left in the in-flight log, where the
+/// connection or the process ends.
 pub const NBD_STOP_SECS: u64 = 2;
 /// Seconds that an NBD server may be silent while it owes a reply, before it is given up.
 pub const NBD_SILENCE_SECS: u64 = 30;

@@ -2,6 +2,12 @@
 
 mod support;
 
+#[path = "support/front.rs"]
+mod front;
+#[path = "support/raw.rs"]
+mod raw;
+
+use front::{BLOCK, DATA, Front, Op};
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -127,15 +133,16 @@ fn after_its_time_a_request_fails_and_later_ones_do_not() {
     }
 }
 
+/// Without a log to leave it in, what waits is waited for, and no longer than a request waits at all.
 #[test]
-fn a_lost_server_keeps_no_stop_waiting() {
+fn a_stop_waits_for_a_lost_server_as_long_as_a_request_does() {
     let folder = tempfile::tempdir().unwrap();
     let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
     std::fs::write(&image, vec![0; MIB]).unwrap();
     let Some(server) = NbdServer::nbdkit(&nbd, &image) else {
         return;
     };
-    let daemon = daemon(folder.path(), &nbd, &[]);
+    let daemon = daemon(folder.path(), &nbd, &["--nbd-retry", "1"]);
     let mut front = Frontend::connect(&folder.path().join("blk.sock"), FEATURES, 1, 64, MIB);
     assert_eq!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
     drop(server);
@@ -146,6 +153,106 @@ fn a_lost_server_keeps_no_stop_waiting() {
     // The harness's own limit is what this must keep to.
     assert_eq!(daemon.end().0, Some(0));
     assert_ne!(front.complete(0), (3, 0));
+}
+
+/// A frontend with an in-flight log on a daemon whose server is lost, and a write that waits.
+fn waiting(folder: &Path, packed: bool) -> Option<(Front, Daemon)> {
+    let (nbd, image) = (folder.join("nbd"), folder.join("image"));
+    std::fs::write(&image, vec![0; MIB]).unwrap();
+    let server = NbdServer::nbdkit(&nbd, &image)?;
+    let daemon = daemon(folder, &nbd, &[]);
+    let mut front = Front::new(64, packed, true);
+    front.connect(&folder.join("blk.sock"));
+    front.negotiate(true).unwrap();
+    front.start(front.base).unwrap();
+    front.submit(0, Op::Flush, 0);
+    front.notify();
+    settle(&mut front, 1);
+    drop(server);
+    front.memory.fill(DATA + BLOCK, &pattern(5, BLOCK as usize));
+    front.submit(1, Op::Write, 8);
+    front.submit(2, Op::Flush, 0);
+    front.notify();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(front.reap().is_empty(), "it waits");
+    Some((front, daemon))
+}
+
+fn settle(front: &mut Front, count: usize) {
+    let deadline = Instant::now() + TIMEOUT;
+    let mut done = 0;
+    while done < count {
+        done += front.reap().len();
+        assert!(Instant::now() < deadline, "no completion");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_ring_is_not_stopped_with_errors_while_its_server_may_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some((mut front, daemon)) = waiting(folder.path(), false) else {
+        return;
+    };
+    let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
+    std::thread::scope(|scope| {
+        let (over, ended) = std::sync::mpsc::channel::<()>();
+        scope.spawn(move || {
+            // Longer than a stop used to wait.
+            std::thread::sleep(Duration::from_secs(3));
+            let server = NbdServer::nbdkit(&nbd, &image);
+            // nbdkit ends with the thread that started it.
+            let _ = ended.recv_timeout(TIMEOUT);
+            drop(server);
+        });
+        front.stop().unwrap();
+        // With what the stop has drained, and without an error.
+        assert_eq!(front.reap().len(), 2);
+        drop(over);
+    });
+    let written = std::fs::read(folder.path().join("image")).unwrap();
+    assert!(written[4096..8192] == pattern(5, BLOCK as usize));
+    drop(front);
+    assert_eq!(daemon.end().0, Some(0));
+}
+
+#[test]
+fn what_waits_for_a_lost_server_stays_in_the_log() {
+    for packed in [false, true] {
+        let folder = tempfile::tempdir().unwrap();
+        let Some((mut front, first)) = waiting(folder.path(), packed) else {
+            return;
+        };
+        assert_eq!(first.end().0, Some(0));
+        assert!(front.reap().is_empty(), "neither done nor failed");
+        let (nbd, image) = (folder.path().join("nbd"), folder.path().join("image"));
+        let server = NbdServer::nbdkit(&nbd, &image).unwrap();
+        let second = daemon(folder.path(), &nbd, &[]);
+        front.connect(&folder.path().join("blk.sock"));
+        front.negotiate(true).unwrap();
+        front.start(front.forgetful_base()).unwrap();
+        settle(&mut front, 2);
+        let written = std::fs::read(&image).unwrap();
+        assert!(written[4096..8192] == pattern(5, BLOCK as usize));
+        // A frontend that hangs up, and comes back to the same daemon.
+        drop(server);
+        front
+            .memory
+            .fill(DATA + 3 * BLOCK, &pattern(6, BLOCK as usize));
+        front.submit(3, Op::Write, 16);
+        front.notify();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(front.reap().is_empty(), "it waits");
+        front.connect(&folder.path().join("blk.sock"));
+        front.negotiate(true).unwrap();
+        front.start(front.forgetful_base()).unwrap();
+        let _server = NbdServer::nbdkit(&nbd, &image).unwrap();
+        settle(&mut front, 1);
+        let written = std::fs::read(&image).unwrap();
+        assert!(written[8192..12288] == pattern(6, BLOCK as usize));
+        drop(front);
+        assert_eq!(second.end().0, Some(0));
+    }
 }
 
 /// A server that takes requests, answers some, and hangs up.

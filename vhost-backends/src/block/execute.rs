@@ -12,6 +12,7 @@ use crate::stats::{Kind, Measure, QueueStats};
 use pv_abi::virtio::block::{feature, status};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 
@@ -115,11 +116,12 @@ impl Worker {
         }
     }
 
-    /// Serves the ring until the stop event; everything that was taken is completed then.
-    pub(super) fn run(mut self, wake: WakeSources<'_>) -> QueueStop {
+    /// Serves the ring until the stop event; everything that was taken is completed then, or stays in
+    /// the ring's log if `leaving` is set.
+    pub(super) fn run(mut self, wake: WakeSources<'_>, leaving: &AtomicBool) -> QueueStop {
         self.with_stats(QueueStats::clear_in_flight);
-        if let Err(error) = self.serve() {
-            self.engine_failed(&error, wake);
+        if let Err(error) = self.serve(leaving) {
+            self.engine_failed(&error, wake, leaving);
         }
         let stop = QueueStop {
             ring: self.ring.save(),
@@ -135,14 +137,14 @@ impl Worker {
 
     /// The engine itself failed, not a request. What it had in flight is an I/O error, and so is
     /// everything after it, until the frontend starts the queue anew.
-    fn engine_failed(&mut self, error: &io::Error, wake: WakeSources<'_>) {
+    fn engine_failed(&mut self, error: &io::Error, wake: WakeSources<'_>, leaving: &AtomicBool) {
         tracing::error!(%error, "a block queue's engine failed; its requests fail from now on");
         Counters::add(&self.disk.counters.host_errors, 1);
         self.err.signal();
         // The old one waits for what the host still works on.
         self.engine = Box::new(FailedEngine::new(wake));
         self.fail_pending();
-        if let Err(error) = self.serve() {
+        if let Err(error) = self.serve(leaving) {
             tracing::error!(%error, "block queue stopped");
         }
     }
@@ -159,7 +161,7 @@ impl Worker {
         self.publish();
     }
 
-    fn serve(&mut self) -> io::Result<()> {
+    fn serve(&mut self, leaving: &AtomicBool) -> io::Result<()> {
         loop {
             // First, so that the engine knows what the host still has when it gets more.
             let wake = self.engine.reap(&mut self.finished)?;
@@ -196,7 +198,9 @@ impl Worker {
                 break;
             }
         }
-        while self.engine.in_flight() > 0 {
+        // Ordering: Relaxed, it was set before the stop event.
+        let may_leave = leaving.load(Ordering::Relaxed) && self.ring.is_logged();
+        while self.engine.in_flight() > 0 && !(may_leave && self.engine.abandon()) {
             self.engine.wait(&mut self.finished)?;
             self.publish();
         }

@@ -8,6 +8,7 @@ use crate::ring::DeviceRing;
 use crate::session::{QueueSetup, QueueStop, QueueWorker};
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
@@ -15,6 +16,8 @@ use std::thread::JoinHandle;
 pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn QueueWorker>> {
     let stop = Arc::new(Event::new()?);
     let worker_stop = Arc::clone(&stop);
+    let leaving = Arc::new(AtomicBool::new(false));
+    let worker_leaving = Arc::clone(&leaving);
     let last = QueueStop {
         ring: setup.ring.save(),
         retired: setup.ring.retired(),
@@ -52,7 +55,7 @@ pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn Qu
                     setup.err,
                     WriteCache::of(setup.features),
                 )
-                .run(wake)
+                .run(wake, &worker_leaving)
             })
         })?;
     outcome
@@ -60,6 +63,7 @@ pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn Qu
         .map_err(|_| io::Error::other("the queue's thread ended at once"))??;
     Ok(Box::new(Handle {
         stop,
+        leaving,
         thread: Some(thread),
         last,
     }))
@@ -67,6 +71,8 @@ pub(super) fn spawn(disk: Arc<Disk>, setup: QueueSetup) -> io::Result<Box<dyn Qu
 
 struct Handle {
     stop: Arc<Event>,
+    /// What waits may stay in the ring's log.
+    leaving: Arc<AtomicBool>,
     thread: Option<JoinHandle<QueueStop>>,
     /// Where the ring was at the start; for a thread that panicked.
     last: QueueStop,
@@ -75,6 +81,12 @@ struct Handle {
 impl QueueWorker for Handle {
     fn stop(mut self: Box<Self>) -> QueueStop {
         self.join().unwrap_or(self.last)
+    }
+
+    fn leave(self: Box<Self>) -> QueueStop {
+        // Ordering: Relaxed, the stop event orders it.
+        self.leaving.store(true, Ordering::Relaxed);
+        self.stop()
     }
 }
 

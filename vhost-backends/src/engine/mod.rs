@@ -182,6 +182,12 @@ pub trait Engine {
 
     /// Operations in flight.
     fn in_flight(&self) -> usize;
+
+    /// Nobody waits for what is in flight any more, for somebody else will begin it again. Forgets
+    /// all of it, unless the host is at work on it; whether it did.
+    fn abandon(&mut self) -> bool {
+        false
+    }
 }
 
 /// Events that end an engine's wait.

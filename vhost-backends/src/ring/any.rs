@@ -109,6 +109,11 @@ impl Ring {
         }
     }
 
+    /// Whether an in-flight log tells the next one who serves this ring what was not completed.
+    pub fn is_logged(&self) -> bool {
+        either!(self, ring => ring.is_logged())
+    }
+
     /// Why the ring was retired, if it was.
     pub fn retired(&self) -> Option<Retire> {
         either!(self, ring => ring.retired())

@@ -256,6 +256,10 @@ impl PackedRing {
         Ok(())
     }
 
+    pub(crate) fn is_logged(&self) -> bool {
+        self.log.is_some()
+    }
+
     /// Marks dirty what is written from here on.
     pub(crate) fn attach_dirty(&mut self, dirty: RingDirty) {
         self.dirty = Some(dirty);

@@ -169,6 +169,10 @@ impl SplitRing {
         Ok(())
     }
 
+    pub(crate) fn is_logged(&self) -> bool {
+        self.log.is_some()
+    }
+
     /// Marks dirty what is written from here on.
     pub(crate) fn attach_dirty(&mut self, dirty: RingDirty) {
         self.dirty = Some(dirty);

@@ -96,6 +96,13 @@ pub struct ConfigRefused;
 pub trait QueueWorker: Send {
     /// Takes nothing more from the ring, finishes what is in flight, publishes it, and stops.
     fn stop(self: Box<Self>) -> QueueStop;
+
+    /// As [`stop`](QueueWorker::stop), at the end of a connection or of this process. What only waits
+    /// for something may stay in the ring's in-flight log, if [it has one](Ring::is_logged): whoever
+    /// serves the ring next takes it up again.
+    fn leave(self: Box<Self>) -> QueueStop {
+        self.stop()
+    }
 }
 
 /// How a queue ended.

@@ -144,7 +144,7 @@ impl<'d> Session<'d> {
             }
         };
         if matches!(end, ChannelEnd::Paused) {
-            self.pause_all();
+            self.leave_all();
         } else {
             self.end();
         }
@@ -153,7 +153,7 @@ impl<'d> Session<'d> {
 
     /// Drains everything, and lets go of the frontend.
     fn end(&mut self) {
-        self.pause_all();
+        self.leave_all();
         self.device.set_frontend(None);
     }
 
@@ -446,6 +446,11 @@ impl<'d> Session<'d> {
         vring.pause();
         change(vring);
         vring.start(&with)
+    }
+
+    /// Stops every queue for whoever serves the rings next.
+    fn leave_all(&mut self) {
+        self.vrings.iter_mut().for_each(Vring::leave);
     }
 
     fn pause_all(&mut self) {

@@ -188,8 +188,17 @@ impl Vring {
 
     /// Drains and stops the queue; its kick stays.
     pub(crate) fn pause(&mut self) {
+        self.pause_by(|worker| worker.stop());
+    }
+
+    /// The same for the next one who serves the ring; what waits may stay in the in-flight log.
+    pub(crate) fn leave(&mut self) {
+        self.pause_by(|worker| worker.leave());
+    }
+
+    fn pause_by(&mut self, stop: impl FnOnce(Box<dyn QueueWorker>) -> QueueStop) {
         if let Some(worker) = self.worker.take() {
-            let QueueStop { ring, retired } = worker.stop();
+            let QueueStop { ring, retired } = stop(worker);
             self.base = if self.packed {
                 ring.to_packed_base()
             } else {

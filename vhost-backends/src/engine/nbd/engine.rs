@@ -85,8 +85,8 @@ pub(super) struct NbdEngine {
     given_up: bool,
     /// When to dial again.
     next_try: Instant,
-    /// Since when the queue is to stop.
-    stopping: Option<Instant>,
+    /// Since when nobody waits for what is in flight.
+    abandoned: Option<Instant>,
     begun: u64,
     sleeper: Sleeper,
     slots: Vec<Slot>,
@@ -115,7 +115,7 @@ impl NbdEngine {
             lost: stream.is_none().then(Instant::now),
             given_up: false,
             next_try: Instant::now(),
-            stopping: None,
+            abandoned: None,
             begun: 0,
             store,
             memory,
@@ -328,8 +328,7 @@ impl NbdEngine {
         let (Some(redial), Some(lost)) = (&self.store.redial, self.lost) else {
             return false;
         };
-        let stopping = (self.stopping).is_some_and(|at| at.elapsed().as_secs() >= NBD_STOP_SECS);
-        !stopping && lost.elapsed() < redial.patience
+        lost.elapsed() < redial.patience
     }
 
     fn want_out(&mut self, wanted: bool) -> io::Result<()> {
@@ -470,10 +469,7 @@ impl NbdEngine {
             // Later pieces of what was received.
             outcome = self.send();
         }
-        let silent = Duration::from_secs(match self.stopping {
-            Some(_) => NBD_STOP_SECS,
-            None => NBD_SILENCE_SECS,
-        });
+        let silent = Duration::from_secs(NBD_SILENCE_SECS);
         if self.in_flight > 0 && self.last_heard.elapsed() > silent {
             outcome = Err(io::ErrorKind::TimedOut.into());
         }
@@ -540,14 +536,6 @@ impl NbdEngine {
         }
     }
 
-    /// Remembers since when the queue is to stop.
-    fn heed(&mut self, wake: Wake) -> Wake {
-        if wake.stop {
-            self.stopping.get_or_insert_with(Instant::now);
-        }
-        wake
-    }
-
     /// How long to sleep at most; for ever if nothing is to be looked after.
     fn longest_sleep(&self) -> Option<Duration> {
         match (self.in_flight, &self.stream) {
@@ -578,15 +566,13 @@ impl Engine for NbdEngine {
 
     fn reap(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake> {
         self.work(finished);
-        let wake = self.sleeper.glance()?;
-        Ok(self.heed(wake))
+        self.sleeper.glance()
     }
 
     fn wait(&mut self, finished: &mut Vec<Finished>) -> io::Result<Wake> {
         self.work(finished);
         if !finished.is_empty() {
-            let wake = self.sleeper.look()?;
-            return Ok(self.heed(wake));
+            return self.sleeper.look();
         }
         let wake = match self.longest_sleep() {
             Some(limit) => self.sleeper.sleep_for(limit)?,
@@ -596,19 +582,18 @@ impl Engine for NbdEngine {
             self.look_at_idle();
         }
         self.work(finished);
-        Ok(self.heed(wake))
+        Ok(wake)
     }
 
     fn wait_for(&mut self, finished: &mut Vec<Finished>, limit: Duration) -> io::Result<Wake> {
         self.work(finished);
         if !finished.is_empty() {
-            let wake = self.sleeper.look()?;
-            return Ok(self.heed(wake));
+            return self.sleeper.look();
         }
         let limit = self.longest_sleep().map_or(limit, |most| most.min(limit));
         let wake = self.sleeper.sleep_for(limit)?;
         self.work(finished);
-        Ok(self.heed(wake))
+        Ok(wake)
     }
 
     fn has_finished(&mut self) -> bool {
@@ -617,6 +602,25 @@ impl Engine for NbdEngine {
 
     fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// The server is not at work on what waits for another connection; one that says nothing is left
+    /// after a moment, and is not to carry out what came over a connection that it has lost.
+    fn abandon(&mut self) -> bool {
+        let since = *self.abandoned.get_or_insert_with(Instant::now);
+        let quiet = since.max(self.last_heard).elapsed() >= Duration::from_secs(NBD_STOP_SECS);
+        if self.stream.is_some() && !quiet {
+            return false;
+        }
+        if let Some(stream) = self.stream.take() {
+            self.sleeper.forget(stream.as_fd());
+        }
+        self.queued.clear();
+        for slot in &mut self.slots {
+            slot.busy = false;
+        }
+        self.in_flight = 0;
+        true
     }
 }
 
