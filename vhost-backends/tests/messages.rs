@@ -265,6 +265,16 @@ fn without_protocol_features_rings_are_enabled() {
 }
 
 #[test]
+fn a_split_rings_base_has_sixteen_bits() {
+    let _one = one_at_a_time();
+    let mut client = Client::connect(Arc::new(Counting::default()));
+    bring_to(1, &mut client);
+    assert!(client.set(10, &pair(0, 0xffff), &[]));
+    assert!(!client.set(10, &pair(0, 0x1_0000), &[]));
+    assert!(!client.set(10, &pair(0, u32::MAX), &[]));
+}
+
+#[test]
 fn a_running_ring_cannot_be_resized_but_moves_and_pauses() {
     let _one = one_at_a_time();
     let device = Arc::new(Counting::default());
@@ -319,6 +329,10 @@ fn memory_changes_drain_and_go_on() {
     assert_eq!(device.running(), 1);
     // Removal, once, with the descriptor that older frontends attach.
     let other = slot(GUEST + SIZE, USER + SIZE);
+    assert!(
+        !client.set(38, &other, &[&event(), &event()]),
+        "two of them"
+    );
     assert!(client.set(38, &other, &[&event()]));
     assert!(!client.set(38, &other, &[]));
     // Under the ring: it stops.
