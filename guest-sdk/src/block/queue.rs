@@ -107,8 +107,15 @@ impl<P: Platform> BlockQueue<P> {
     /// # Errors
     ///
     /// [`SubmitError`], with the request and its buffer; `QueueFull` when completions must be taken
-    /// first.
+    /// first, `DeviceLost` once the device is gone for good.
     pub fn submit(&mut self, request: Request) -> Result<Token, SubmitError> {
+        // Taken, it would cost its buffer where the device could not be stopped.
+        if let Some(lost) = self.shared.core.lost() {
+            return Err(SubmitError {
+                error: Error::DeviceLost(lost),
+                request,
+            });
+        }
         let features = self.shared.core.features();
         let checked =
             request

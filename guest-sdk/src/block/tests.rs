@@ -375,6 +375,42 @@ fn a_device_that_stays_away_fails_every_request_once() {
     assert_eq!(disk.flush(), lost);
 }
 
+/// The backend is away and nobody could make it let go: what it had is not touched again, and what
+/// comes after is refused at once, costs nothing, and goes back to its owner, however much it is.
+#[test]
+fn a_device_that_never_let_go_refuses_what_comes_after() {
+    let (fake, mut disk) = disk();
+    disk.device().set_loss_timeout(Duration::from_secs(3));
+    let request = read(&disk, 0, 512);
+    disk.submit(request).expect("room");
+    disk.kick();
+    fake.host().holds_on = true;
+    fake.host().die();
+    assert_eq!(disk.wait_for(1, None).expect("an error, not broken"), 1);
+    let done = disk.poll().expect("fine").expect("one");
+    assert_eq!(done.result, Err(Error::DeviceLost(Lost::TimedOut)));
+    assert!(done.buf.is_none(), "the device may still write there");
+    let before = fake.free_bytes();
+    for sector in 0..600 {
+        let request = read(&disk, sector % SECTORS, 512);
+        let refused = disk.submit(request).expect_err("it is gone");
+        assert_eq!(refused.error, Error::DeviceLost(Lost::TimedOut));
+        assert!(matches!(refused.request, Request::Read { .. }));
+    }
+    assert_eq!(fake.free_bytes(), before);
+    for _ in 0..300 {
+        let outcome = disk.read_blocking(0, &mut [0; 1024]);
+        assert_eq!(outcome, Err(Error::DeviceLost(Lost::TimedOut)));
+    }
+    assert_eq!(fake.free_bytes(), before);
+    let disk = AsyncBlock::new(disk);
+    for _ in 0..300 {
+        let outcome = run(fake, disk.read(0, disk.alloc(512).expect("room")));
+        assert_eq!(outcome.err(), Some(Error::DeviceLost(Lost::TimedOut)));
+    }
+    assert_eq!(fake.free_bytes(), before);
+}
+
 #[test]
 fn waits_end_when_their_time_is_up() {
     let (fake, mut disk) = disk();

@@ -89,6 +89,10 @@ pub(crate) struct Core<P: Platform> {
     host_has_memory: AtomicBool,
     /// Somebody wants the device started anew.
     reset_wanted: AtomicBool,
+    /// Why the device is of no use any more; looked at only if `gone`.
+    lost: SpinLock<Option<Lost>>,
+    /// Whether `lost` says anything.
+    gone: AtomicBool,
     /// Features in force now.
     features: AtomicU64,
     /// The configuration's sequence number that the user has seen.
@@ -101,7 +105,6 @@ struct Life {
     features: u64,
     /// When the device was first seen away.
     away_since: Option<u64>,
-    lost: Option<Lost>,
 }
 
 /// No generation: they have 32 bits.
@@ -192,12 +195,13 @@ impl<P: Platform> Core<P> {
             life: SpinLock::new(Life {
                 features: known,
                 away_since: None,
-                lost: None,
             }),
             generation: AtomicU64::new(NO_GENERATION),
             loss_timeout_ns: AtomicU64::new(nanoseconds(BRING_UP_TIMEOUT)),
             host_has_memory: AtomicBool::new(false),
             reset_wanted: AtomicBool::new(false),
+            lost: SpinLock::new(None),
+            gone: AtomicBool::new(false),
             features: AtomicU64::new(0),
             config_seen: AtomicU32::new(0),
         };
@@ -299,6 +303,15 @@ impl<P: Platform> Core<P> {
         let _later = self.step().is_err();
     }
 
+    /// Why the device is gone for good, if it is. What is submitted to it then would only be lost.
+    pub(crate) fn lost(&self) -> Option<Lost> {
+        // Ordering: Acquire pairs with the Release in `give_up`.
+        if !self.gone.load(Ordering::Acquire) {
+            return None;
+        }
+        *self.lost.lock()
+    }
+
     /// Whether every buffer is the driver's again, now that the device is lost.
     pub(crate) fn memory_is_ours(&self) -> bool {
         // Ordering: Acquire pairs with the Release after a reset, behind which nobody writes.
@@ -322,7 +335,7 @@ impl<P: Platform> Core<P> {
     }
 
     fn step_with(&self, mut life: SpinGuard<'_, Life>) -> Result<Step, Lost> {
-        if let Some(lost) = life.lost {
+        if let Some(lost) = self.lost() {
             return Err(lost);
         }
         // Ordering: Relaxed, the fences are what orders it.
@@ -343,9 +356,9 @@ impl<P: Platform> Core<P> {
                 if now.saturating_sub(since) < self.loss_timeout() {
                     return Ok(Step::Waiting);
                 }
-                Err(self.give_up(&mut life, Lost::TimedOut))
+                Err(self.give_up(Lost::TimedOut))
             }
-            Err(lost) => Err(self.give_up(&mut life, lost)),
+            Err(lost) => Err(self.give_up(lost)),
         }
     }
 
@@ -499,10 +512,12 @@ impl<P: Platform> Core<P> {
         }
     }
 
-    fn give_up(&self, life: &mut Life, lost: Lost) -> Lost {
+    fn give_up(&self, lost: Lost) -> Lost {
         log::error!("device {}: {lost}", self.info.name());
         self.detach_all();
-        life.lost = Some(lost);
+        *self.lost.lock() = Some(lost);
+        // Ordering: Release, for the Acquire in `lost`.
+        self.gone.store(true, Ordering::Release);
         lost
     }
 }

@@ -202,6 +202,8 @@ pub(crate) struct Host {
     /// `Again` answers before each activation succeeds.
     pub(crate) agains: u32,
     agains_left: u32,
+    /// `DEVICE_RESET` answers `Again`: a backend that nobody can make let go.
+    pub(crate) holds_on: bool,
     /// Makes the order of completion differ from that of submission.
     pub(crate) shuffle: u64,
     /// Requests executed, in order, as (kind, sector).
@@ -260,6 +262,7 @@ impl Host {
             away: 0,
             agains: 0,
             agains_left: 0,
+            holds_on: false,
             shuffle: 0,
             executed: Vec::new(),
             activations: 0,
@@ -332,6 +335,7 @@ impl Host {
     ) -> Result<u64, Status> {
         match call {
             number::NOP => Ok(0),
+            number::DEVICE_RESET if self.holds_on => Err(Status::Again),
             number::DEVICE_RESET => {
                 self.queues.clear();
                 self.fuel = None;

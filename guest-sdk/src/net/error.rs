@@ -83,6 +83,8 @@ pub enum SendErrorKind {
     OtherArena,
     /// The device broke the rules of the ring.
     Broken(Broken),
+    /// The device is gone for good.
+    DeviceLost(Lost),
 }
 
 impl core::fmt::Display for SendErrorKind {
@@ -94,6 +96,7 @@ impl core::fmt::Display for SendErrorKind {
             SendErrorKind::Unsupported => f.write_str("the device does not do this offload"),
             SendErrorKind::OtherArena => f.write_str("the packet is in another device's arena"),
             SendErrorKind::Broken(broken) => write!(f, "the device broke the queue: {broken}"),
+            SendErrorKind::DeviceLost(lost) => lost.fmt(f),
         }
     }
 }

@@ -284,6 +284,10 @@ impl<P: Platform> Receiver<P> {
 
     /// Posts buffers until the ring is full; new ones where frames were kept.
     fn refill(&mut self) -> Result<(), Error> {
+        if self.shared.core.lost().is_some() {
+            // The poll tells of it; buffers given to it now might never come back.
+            return Ok(());
+        }
         let mut missing = self.size.saturating_sub(self.channel.held());
         while missing > 0 {
             let buf = match self.spare.pop() {

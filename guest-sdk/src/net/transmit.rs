@@ -183,7 +183,10 @@ impl<P: Platform> Transmitter<P> {
     /// [`SendError`], with the packet; `QueueFull` when [`poll`](Self::poll) must make room first.
     pub fn submit(&mut self, packet: Packet, offload: Offload) -> Result<(), SendError> {
         let features = self.shared.core.features();
-        let checked = if core::ptr::eq(packet.buf.arena(), self.shared.arena) {
+        let checked = if let Some(lost) = self.shared.core.lost() {
+            // Taken, it would cost its buffer where the device could not be stopped.
+            Err(SendErrorKind::DeviceLost(lost))
+        } else if core::ptr::eq(packet.buf.arena(), self.shared.arena) {
             offload.check(packet.len, features)
         } else {
             Err(SendErrorKind::OtherArena)
@@ -280,6 +283,10 @@ impl<P: Platform> Transmitter<P> {
                     kind: SendErrorKind::Broken(broken),
                     ..
                 }) => return Err(Error::Broken(broken)),
+                Err(SendError {
+                    kind: SendErrorKind::DeviceLost(lost),
+                    ..
+                }) => return Err(Error::DeviceLost(lost)),
                 Err(_) => return Err(Error::Refused),
             }
         }

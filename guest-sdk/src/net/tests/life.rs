@@ -249,3 +249,27 @@ fn features_that_need_others_are_not_taken_alone() {
         assert_eq!(receiver.nic().features() & ALL, offered & taken);
     }
 }
+
+/// As for a disk: a card that nobody could make let go takes nothing more, however often it is asked.
+#[test]
+fn a_card_that_never_let_go_takes_nothing_more() {
+    let fake = fake(ALL);
+    let opened = open_with(fake, 16, RECEIVE_BUFFER);
+    opened.nic.set_loss_timeout(Duration::from_secs(3));
+    let (mut receiver, mut transmitter) = pair(opened);
+    transmitter
+        .send(&pattern(1, 60), Offload::default())
+        .expect("sent");
+    fake.host().holds_on = true;
+    fake.host().die();
+    let lost = Error::DeviceLost(Lost::TimedOut);
+    assert_eq!(receiver.receive(None).err(), Some(lost));
+    transmitter.poll().expect_err("gone");
+    let before = fake.free_bytes();
+    for _ in 0..200 {
+        assert_eq!(receiver.poll().err(), Some(lost));
+        let refused = transmitter.send(&pattern(2, 60), Offload::default());
+        assert_eq!(refused, Err(lost));
+    }
+    assert_eq!(fake.free_bytes(), before);
+}
