@@ -43,6 +43,9 @@
 //! If the backend dies anywhere between 4 and 6, the request is still in the books: [`device`] tells
 //! how it gets to the next one.
 //!
+//! Each driver has three forms: calls that wait, calls that only look, and futures. The futures belong
+//! to no executor: [`device::Wakers`] says what one owes them.
+//!
 //! | module | what |
 //! |---|---|
 //! | [`platform`] | what drivers stand on: calls, events, device table, arenas |

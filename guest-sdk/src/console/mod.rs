@@ -1,13 +1,15 @@
 //! The console (virtio 1.3 §5.3): one queue in, one queue out, bytes without structure.
 
-use crate::device::{Buffer, Channel, Core, Error, KNOWN_TO_ALL, OpenError, Ring, agree_to_all};
+use crate::device::{
+    Buffer, Channel, Core, Error, KNOWN_TO_ALL, OpenError, Ring, Wakers, agree_to_all,
+};
 use crate::limits::{CONSOLE_BUFFER, CONSOLE_BUFFERS};
 use crate::platform::{DmaBuf, Platform};
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
-use core::task::Poll;
+use core::task::{Context, Poll};
 use pv_abi::device::kind;
 
 #[cfg(test)]
@@ -26,6 +28,7 @@ pub struct Console<P: Platform> {
     idle: Vec<DmaBuf>,
     /// Input that was received and not yet read: the buffer, its bytes, and how many were read.
     input: Option<(DmaBuf, usize, usize)>,
+    wakers: Wakers,
 }
 
 impl<P: Platform> Console<P> {
@@ -58,12 +61,28 @@ impl<P: Platform> Console<P> {
             transmit,
             idle,
             input: None,
+            wakers: Wakers::default(),
         })
     }
 
     /// The event that says that there is input.
     pub fn event(&self) -> u32 {
         self.receive.event()
+    }
+
+    /// All of its events: input, room for output, and that the device went or came.
+    pub fn events(&self) -> [u32; 3] {
+        [
+            self.receive.event(),
+            self.transmit.event(),
+            self.core.info().config_event(),
+        ]
+    }
+
+    /// What wakes the futures of this console, for executors that do not poll again at its
+    /// [`events`](Self::events) by themselves.
+    pub fn wakers(&self) -> Wakers {
+        self.wakers.clone()
     }
 
     /// Writes all of `data`; waits only for room.
@@ -73,17 +92,8 @@ impl<P: Platform> Console<P> {
     /// [`Error`]; some of `data` may have been written then.
     pub fn write(&mut self, data: &[u8]) -> Result<(), Error> {
         for piece in data.chunks(CONSOLE_BUFFER) {
-            let mut buf = self.transmit_buffer()?;
-            buf.write(0, piece);
-            let buffer = Buffer {
-                buf,
-                len: piece.len(),
-                writable: false,
-            };
-            if let Err((refused, broken)) = self.transmit.submit(buffer) {
-                self.idle.push(refused.buf);
-                return Err(broken.map_or(Error::Empty, Error::Broken));
-            }
+            let buf = self.transmit_buffer()?;
+            self.transmit_piece(buf, piece)?;
         }
         self.transmit.kick(&self.core);
         Ok(())
@@ -135,19 +145,19 @@ impl<P: Platform> Console<P> {
         }
     }
 
-    /// [`read`](Self::read) as a future, for executors that poll again at this console's event, as
-    /// `flat::block_on` does.
+    /// [`read`](Self::read) as a future, for any executor ([how](Wakers)).
     ///
     /// # Errors
     ///
     /// [`Error`].
     pub async fn read_async(&mut self, out: &mut [u8]) -> Result<usize, Error> {
-        core::future::poll_fn(|_| {
+        core::future::poll_fn(|context| {
             loop {
                 match self.try_read(out) {
                     Ok(0) if !out.is_empty() => {}
                     outcome => return Poll::Ready(outcome),
                 }
+                self.wakers.register(context.waker());
                 if self.receive.arm(1) {
                     return Poll::Pending;
                 }
@@ -156,18 +166,87 @@ impl<P: Platform> Console<P> {
         .await
     }
 
+    /// [`write`](Self::write) as a future, for any executor ([how](Wakers)). Dropped before it is
+    /// ready, some of `data` may have been written.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub async fn write_async(&mut self, data: &[u8]) -> Result<(), Error> {
+        for piece in data.chunks(CONSOLE_BUFFER) {
+            let buf = core::future::poll_fn(|context| self.poll_buffer(context)).await?;
+            self.transmit_piece(buf, piece)?;
+        }
+        self.transmit.kick(&self.core);
+        Ok(())
+    }
+
+    /// [`flush`](Self::flush) as a future, for any executor ([how](Wakers)).
+    ///
+    /// # Errors
+    ///
+    /// As [`flush`](Self::flush).
+    pub async fn flush_async(&mut self) -> Result<(), Error> {
+        core::future::poll_fn(|context| {
+            loop {
+                while let Some((buffer, _)) = self.transmit.poll(&self.core)? {
+                    self.idle.push(buffer.buf);
+                }
+                if self.transmit.held() == 0 {
+                    return Poll::Ready(Ok(()));
+                }
+                self.wakers.register(context.waker());
+                if self.transmit.arm(self.transmit.held()) {
+                    return Poll::Pending;
+                }
+            }
+        })
+        .await
+    }
+
+    /// A buffer for output, if there is one now.
+    fn try_transmit_buffer(&mut self) -> Result<Option<DmaBuf>, Error> {
+        match self.transmit.poll(&self.core)? {
+            Some((buffer, _)) => Ok(Some(buffer.buf)),
+            None => Ok(self.idle.pop()),
+        }
+    }
+
     fn transmit_buffer(&mut self) -> Result<DmaBuf, Error> {
         loop {
-            if let Some((buffer, _)) = self.transmit.poll(&self.core)? {
-                return Ok(buffer.buf);
-            }
-            if let Some(buf) = self.idle.pop() {
+            if let Some(buf) = self.try_transmit_buffer()? {
                 return Ok(buf);
             }
             if let Some((buffer, _)) = self.transmit.next(&self.core)? {
                 return Ok(buffer.buf);
             }
         }
+    }
+
+    fn poll_buffer(&mut self, context: &mut Context<'_>) -> Poll<Result<DmaBuf, Error>> {
+        loop {
+            if let Some(buf) = self.try_transmit_buffer()? {
+                return Poll::Ready(Ok(buf));
+            }
+            self.wakers.register(context.waker());
+            if self.transmit.arm(1) {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Hands the device one piece, which fits in a buffer.
+    fn transmit_piece(&mut self, mut buf: DmaBuf, piece: &[u8]) -> Result<(), Error> {
+        buf.write(0, piece);
+        let buffer = Buffer {
+            buf,
+            len: piece.len(),
+            writable: false,
+        };
+        self.transmit.submit(buffer).map_err(|(refused, broken)| {
+            self.idle.push(refused.buf);
+            broken.map_or(Error::Empty, Error::Broken)
+        })
     }
 
     fn receive(&mut self, buffer: Buffer, written: u32) {

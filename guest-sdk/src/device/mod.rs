@@ -33,6 +33,7 @@ mod core_state;
 #[cfg(test)]
 mod tests;
 mod wait;
+mod wakers;
 
 use crate::limits::MAX_SEGMENTS;
 use crate::virtqueue::Segment;
@@ -42,6 +43,7 @@ pub(crate) use channel::{Channel, Failed, Ring, Submission};
 pub use core_state::OpenError;
 pub(crate) use core_state::{Agree, Core, KNOWN_TO_ALL, Offer, Step, agree_to_all};
 pub(crate) use wait::{Looking, wait};
+pub use wakers::Wakers;
 
 /// Why a device is of no use any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

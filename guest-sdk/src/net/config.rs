@@ -1,12 +1,9 @@
 //! What a card is like, and what its handles share.
 
 use super::control::ControlRing;
-use crate::device::{Core, Offer};
+use crate::device::{Core, Offer, Wakers};
 use crate::platform::{Arena, Platform};
-use crate::sync::SpinLock;
 use alloc::sync::Arc;
-use alloc::vec::Vec;
-use core::task::Waker;
 use pv_abi::limits::MAX_CONFIG;
 use pv_abi::virtio::net::{Config, feature, status};
 use zerocopy::FromBytes;
@@ -35,7 +32,7 @@ pub(crate) struct Shared<P: Platform> {
     /// Queue pairs that were opened.
     pub(crate) pairs: u16,
     /// Tasks that wait for something of this card.
-    wakers: SpinLock<Vec<Waker>>,
+    pub(super) wakers: Wakers,
 }
 
 impl<P: Platform> Shared<P> {
@@ -50,7 +47,7 @@ impl<P: Platform> Shared<P> {
             arena,
             control,
             pairs,
-            wakers: SpinLock::new(Vec::new()),
+            wakers: Wakers::default(),
         }
     }
 
@@ -77,21 +74,6 @@ impl<P: Platform> Shared<P> {
                 [0x02, 0x50, 0x56, 0, 0, self.core.info().index as u8]
             },
         }
-    }
-
-    /// Keeps a waker until something happens; one for each task.
-    pub(super) fn register(&self, waker: &Waker) {
-        let mut wakers = self.wakers.lock();
-        if !wakers.iter().any(|other| other.will_wake(waker)) {
-            wakers.push(waker.clone());
-        }
-    }
-
-    /// Wakes every task that waits.
-    pub(super) fn wake(&self) {
-        let wakers = core::mem::take(&mut *self.wakers.lock());
-        // Outside the lock: a waker may poll right away.
-        wakers.into_iter().for_each(Waker::wake);
     }
 
     /// Commands that a device that came back is yet to answer are looked after by whoever polls.

@@ -62,7 +62,7 @@ impl<P: Platform> Driver for EmbassyDevice<P> {
             return None;
         }
         while !inbound.next() {
-            inbound.receiver.shared.register(context.waker());
+            inbound.receiver.shared.wakers.register(context.waker());
             if inbound.error.is_some() || inbound.receiver.arm() {
                 return None;
             }
@@ -77,7 +77,7 @@ impl<P: Platform> Driver for EmbassyDevice<P> {
 
     fn link_state(&mut self, context: &mut Context<'_>) -> LinkState {
         let receiver = &self.port.inbound.receiver;
-        receiver.shared.register(context.waker());
+        receiver.shared.wakers.register(context.waker());
         if receiver.nic().link().up {
             LinkState::Up
         } else {

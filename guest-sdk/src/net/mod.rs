@@ -265,7 +265,7 @@ impl<P: Platform> Nic<P> {
     /// For executors that do not poll again at the card's events by themselves: call it when one of
     /// them is pending.
     pub fn process(&self) {
-        self.shared.wake();
+        self.shared.wakers.wake();
     }
 
     /// Says where the card is now, where the device has asked for it ([`Link::announce`]): sends a

@@ -242,7 +242,7 @@ impl<P: Platform> Receiver<P> {
                 Ok(None) => {}
                 Err(error) => return Poll::Ready(Err(error)),
             }
-            self.shared.register(context.waker());
+            self.shared.wakers.register(context.waker());
             if self.channel.arm(1) {
                 return Poll::Pending;
             }

@@ -308,7 +308,7 @@ impl<P: Platform> Transmitter<P> {
             if self.has_room() {
                 return Poll::Ready(Ok(()));
             }
-            self.shared.register(context.waker());
+            self.shared.wakers.register(context.waker());
             if self.channel.arm(1) {
                 return Poll::Pending;
             }

@@ -1,10 +1,13 @@
 //! The entropy source (virtio 1.3 §5.4): one queue, whose buffers the device fills.
 
-use crate::device::{Buffer, Channel, Core, Error, KNOWN_TO_ALL, OpenError, Ring, agree_to_all};
+use crate::device::{
+    Buffer, Channel, Core, Error, KNOWN_TO_ALL, OpenError, Ring, Wakers, agree_to_all,
+};
 use crate::limits::RNG_BUFFER;
 use crate::platform::{DmaBuf, Platform};
 use alloc::sync::Arc;
 use alloc::vec;
+use core::task::Poll;
 use pv_abi::device::kind;
 
 /// Entries of the queue: one request at a time, and the least that a ring may have is two.
@@ -16,6 +19,7 @@ pub struct Rng<P: Platform> {
     channel: Arc<Channel<Buffer>>,
     /// The buffer, while the device does not have it.
     idle: Option<DmaBuf>,
+    wakers: Wakers,
 }
 
 impl<P: Platform> Rng<P> {
@@ -35,12 +39,24 @@ impl<P: Platform> Rng<P> {
             core,
             channel,
             idle: Some(buf),
+            wakers: Wakers::default(),
         })
     }
 
     /// The device's event.
     pub fn event(&self) -> u32 {
         self.channel.event()
+    }
+
+    /// All of its events: bytes that were given, and that the device went or came.
+    pub fn events(&self) -> [u32; 2] {
+        [self.channel.event(), self.core.info().config_event()]
+    }
+
+    /// What wakes the futures of this device, for executors that do not poll again at its
+    /// [`events`](Self::events) by themselves.
+    pub fn wakers(&self) -> Wakers {
+        self.wakers.clone()
     }
 
     /// Fills `out`; waits for as long as the device needs.
@@ -74,6 +90,29 @@ impl<P: Platform> Rng<P> {
             Some((buffer, written)) => self.take(buffer, written, out),
             None => Ok(0),
         }
+    }
+
+    /// [`fill`](Self::fill) as a future, for any executor ([how](Wakers)).
+    ///
+    /// # Errors
+    ///
+    /// As [`fill`](Self::fill).
+    pub async fn fill_async(&mut self, out: &mut [u8]) -> Result<(), Error> {
+        let mut filled = 0;
+        core::future::poll_fn(|context| {
+            while filled < out.len() {
+                let taken = self.try_fill(&mut out[filled..])?;
+                filled += taken;
+                if taken == 0 {
+                    self.wakers.register(context.waker());
+                    if self.channel.arm(1) {
+                        return Poll::Pending;
+                    }
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
     }
 
     /// Hands the buffer to the device, if it is not there already.
