@@ -82,7 +82,8 @@ pub struct BootBlock {
 }
 assert_layout!(BootBlock, size 48 + 24 * MAX_MEMORY_REGIONS + MAX_CMDLINE, align 8, magic @ 0,
     abi_major @ 8, abi_minor @ 10, size @ 12, accel @ 16, vcpu_count @ 20, features @ 24,
-    baseline @ 32, device_count @ 36, memory_map_count @ 40, cmdline_len @ 44, memory_map @ 48);
+    baseline @ 32, device_count @ 36, memory_map_count @ 40, cmdline_len @ 44, memory_map @ 48,
+    cmdline @ 48 + 24 * MAX_MEMORY_REGIONS);
 
 const _: () = assert!(
     crate::layout::BOOT_BLOCK_BASE + size_of::<BootBlock>() as u64

@@ -37,7 +37,8 @@ pub struct ClockPage {
     pub reserved: u64,
 }
 assert_layout!(ClockPage, size 64, align 8, seq @ 0, flags @ 4, base_tsc @ 8, base_ns @ 16,
-    mult @ 24, wall_offset_ns @ 32, update_interval_ns @ 40, error_bound_ns @ 48);
+    mult @ 24, wall_offset_ns @ 32, update_interval_ns @ 40, error_bound_ns @ 48,
+    reserved @ 56);
 
 impl ClockPage {
     /// Nanoseconds since the VM was built, at this TSC value, on a consistent copy of the page.

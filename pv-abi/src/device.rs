@@ -98,7 +98,8 @@ pub struct DeviceEntry {
 }
 assert_layout!(DeviceEntry, size 512, align 64, kind @ 0, state @ 4, generation @ 8,
     event_base @ 12, queue_count @ 16, max_queue_size @ 18, arena @ 20, features @ 24,
-    arena_gpa @ 32, arena_len @ 40, config_seq @ 48, config_len @ 52, name @ 56, config @ 120);
+    arena_gpa @ 32, arena_len @ 40, config_seq @ 48, config_len @ 52, name @ 56,
+    reserved @ 88, config @ 120, padding @ 376);
 
 const _: () = assert!(
     crate::layout::DEVICE_TABLE_BASE + MAX_DEVICES as u64 * size_of::<DeviceEntry>() as u64

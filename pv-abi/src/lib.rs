@@ -65,13 +65,18 @@ pub mod baseline {
     pub const X86_64_V2: u32 = 2;
 }
 
-/// Asserts size and alignment of a type, and the offsets of the named fields, at compile time.
+/// Asserts size and alignment of a type and the offset of each of its fields, at compile time. A
+/// field that is left out is an error.
 macro_rules! assert_layout {
-    ($ty:ty, size $size:expr, align $align:expr $(, $field:ident @ $off:expr)* $(,)?) => {
+    ($ty:ident, size $size:expr, align $align:expr $(, $field:ident @ $off:expr)* $(,)?) => {
         const _: () = {
             assert!(core::mem::size_of::<$ty>() == $size, "size");
             assert!(core::mem::align_of::<$ty>() == $align, "alignment");
             $(assert!(core::mem::offset_of!($ty, $field) == $off, "offset");)*
+            // Without `..`: the list is whole.
+            let _ = |value: &$ty| {
+                let $ty { $($field: _),* } = *value;
+            };
         };
     };
 }

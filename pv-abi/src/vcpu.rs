@@ -74,5 +74,7 @@ pub struct VcpuPage {
 }
 assert_layout!(VcpuPage, size 4096, align 64, self_gpa @ 0, index @ 8, count @ 12, fs_base @ 0x10,
     idle_ns @ 0x18, kicks @ 0x20, idles @ 0x28, handoff @ 0x30, handoff_arg @ 0x34,
-    gate_private @ 0x38, frames @ 0x80, pending @ 0x180, poll_count @ 0x1b8, poll @ 0x1c0,
-    poll_event @ 0x1c0 + 8 * MAX_POLL, save_area @ 0x1c0 + 10 * MAX_POLL + 6, scratch @ 2048);
+    gate_private @ 0x38, frames @ 0x80, pending @ 0x180, reserved0 @ 0x1a0, poll_count @ 0x1b8,
+    reserved1 @ 0x1bc, poll @ 0x1c0, poll_event @ 0x1c0 + 8 * MAX_POLL,
+    reserved2 @ 0x1c0 + 10 * MAX_POLL, save_area @ 0x1c0 + 10 * MAX_POLL + 6,
+    reserved3 @ 0x1c0 + 10 * MAX_POLL + 262, scratch @ 2048);

@@ -229,10 +229,11 @@ pub mod block {
         pub unused1: [u8; 3],
     }
     assert_layout!(Config, size 60, align 1, capacity @ 0, size_max @ 8, seg_max @ 12,
-        cylinders @ 16, blk_size @ 20, physical_block_exp @ 24, min_io_size @ 26,
-        opt_io_size @ 28, writeback @ 32, num_queues @ 34, max_discard_sectors @ 36,
+        cylinders @ 16, heads @ 18, sectors @ 19, blk_size @ 20, physical_block_exp @ 24,
+        alignment_offset @ 25, min_io_size @ 26, opt_io_size @ 28, writeback @ 32, unused0 @ 33,
+        num_queues @ 34, max_discard_sectors @ 36,
         max_discard_seg @ 40, discard_sector_alignment @ 44, max_write_zeroes_sectors @ 48,
-        max_write_zeroes_seg @ 52, write_zeroes_may_unmap @ 56);
+        max_write_zeroes_seg @ 52, write_zeroes_may_unmap @ 56, unused1 @ 57);
 }
 
 #[cfg(test)]
