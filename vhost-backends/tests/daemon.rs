@@ -124,6 +124,7 @@ fn bad_arguments_get_a_sentence() {
         assert!(!output.status.success(), "{args:?}");
         assert!(said.contains(expected), "{args:?}: {said}");
         assert!(!said.contains("panicked"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
     }
 }
 

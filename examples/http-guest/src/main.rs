@@ -4,9 +4,8 @@
 use clap::Parser;
 use http_guest::{app, cli, pair, vm};
 use quickstart::interrupt;
-use quickstart::report::say;
+use quickstart::report::{say, say_usage};
 use std::ffi::OsStr;
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -28,8 +27,7 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => {
             // What nobody reads is no reason to fail in another way.
-            let _unread = error.print().and_then(|()| std::io::stdout().flush());
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(1));
+            return say_usage("http-guest", &error).map_or(ExitCode::SUCCESS, ExitCode::from);
         }
     };
     if let Err(error) = interrupt::watch() {

@@ -281,5 +281,6 @@ fn what_cannot_work_gets_a_sentence() {
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(text.contains(says), "{arguments:?}: {text}");
         assert!(!text.contains("panicked"), "{arguments:?}: {text}");
+        assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
     }
 }

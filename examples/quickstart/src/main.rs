@@ -3,10 +3,9 @@
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use quickstart::report::say;
+use quickstart::report::{say, say_usage};
 use quickstart::{app, cli, interrupt, run};
 use std::ffi::OsStr;
-use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -37,12 +36,7 @@ fn quickstart() -> Result<ExitCode> {
     let args = match cli::Args::try_parse() {
         Ok(args) => args,
         Err(error) => {
-            let printed = error.print().and_then(|()| io::stdout().flush());
-            // Help is what was asked for; a complaint that nobody hears is as good as one.
-            if !error.use_stderr() {
-                printed.context("cannot print the help")?;
-            }
-            let code = u8::try_from(error.exit_code()).unwrap_or(1);
+            let code = say_usage("quickstart", &error).context("cannot print the help")?;
             return Ok(ExitCode::from(code));
         }
     };

@@ -47,6 +47,27 @@ pub fn say(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
+/// Says what clap had to say about the command line of `name`: help and version as they are, a
+/// complaint as one sentence. The exit code that goes with it.
+///
+/// # Errors
+///
+/// When help or version could not be printed. A complaint that nobody hears is as good as one.
+pub fn say_usage(name: &str, error: &clap::Error) -> io::Result<u8> {
+    if error.use_stderr() {
+        let shown = error.to_string();
+        // Usage and tips come after an empty line.
+        let first = shown.split("\n\n").next().unwrap_or_default();
+        let words: Vec<_> = first.split_whitespace().collect();
+        let words = words.join(" ");
+        let words = words.trim_start_matches("error: ");
+        say(format_args!("{name}: {words}; try --help"));
+    } else {
+        error.print().and_then(|()| io::stdout().flush())?;
+    }
+    Ok(u8::try_from(error.exit_code()).unwrap_or(1))
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut row = |name: &str, value: &dyn fmt::Display| writeln!(f, "  {name:<18} {value}");

@@ -1,5 +1,6 @@
 //! Devices on the command line: `KEY=VALUE,...`, where keys are flags.
 
+use super::program::sentence;
 use clap::{ArgAction, Parser};
 
 /// Parses the value of `flag`, whose keys are the flags of `C`. `short` gives other names of some.
@@ -24,11 +25,7 @@ pub(crate) fn parse<C: Parser>(
             _ => line.push(format!("--{long}={value}")),
         }
     }
-    C::try_parse_from(line).map_err(|error| {
-        let shown = error.to_string();
-        let first = shown.lines().next().unwrap_or_default();
-        first.trim_start_matches("error: ").to_owned()
-    })
+    C::try_parse_from(line).map_err(|error| sentence(&error))
 }
 
 /// At commas, but not at double ones, which stand for one.

@@ -13,10 +13,24 @@ use std::process::ExitCode;
 /// A command line, or the exit code of a program that has printed why there is none.
 pub(crate) fn parse<C: Parser>(args: impl IntoIterator<Item = OsString>) -> Result<C, ExitCode> {
     C::try_parse_from(args).map_err(|error| {
-        // Help and version are no errors, and go to standard output.
-        let _ = error.print();
+        if error.use_stderr() {
+            let name = C::command();
+            let said = sentence(&error);
+            let _ = writeln!(io::stderr(), "{}: {said}; try --help", name.get_name());
+        } else {
+            // Help and version are no errors, and go to standard output.
+            let _ = error.print();
+        }
         ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
     })
+}
+
+/// What is wrong with a command line, without the usage and the tips: one line.
+pub(super) fn sentence(error: &clap::Error) -> String {
+    let shown = error.to_string();
+    let first = shown.split("\n\n").next().unwrap_or_default();
+    let words: Vec<_> = first.split_whitespace().collect();
+    words.join(" ").trim_start_matches("error: ").to_owned()
 }
 
 /// Does what the command line says: prints and ends, or serves until the end.
