@@ -5,8 +5,10 @@
 //! chooses where disks' backends run: `process`, `in-process`, or both if it is unset.
 
 mod lan;
+mod larger;
 
 pub use lan::Lan;
+pub use larger::Larger;
 
 use anyhow::{Context, bail};
 use std::fs::{self, File};

@@ -8,8 +8,8 @@
 use anyhow::{Context, bail, ensure};
 use libtest_mimic::{Arguments, Failed, Trial};
 use paravane_tests::{
-    Backend, Lan, accels, backends, blank_image, block_device, card, disk_in, net_device, patience,
-    suite_vm,
+    Backend, Lan, Larger, accels, backends, blank_image, block_device, card, disk_in, net_device,
+    patience, suite_vm,
 };
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -160,6 +160,7 @@ const CASES: &[(&str, End)] = &[
     ("block.reopen", Fine),
     ("block.disk_full", Fine),
     ("block.truncated", Fine),
+    ("block.grow", Fine),
     ("ring.good", Fine),
     ("ring.private_ram", Fine),
     ("ring.other_arena", Fine),
@@ -330,6 +331,7 @@ fn run(
         })
     } else {
         let disk = match backend {
+            _ if case == "block.grow" => soak.growing_disk(backend, &image)?,
             Backend::InProcess if case == "soak.kill" => soak.disk(&image)?,
             _ => disk_in(backend, &image, case == "block.read_only"),
         };
@@ -400,6 +402,16 @@ fn run(
             if let Some(card) = soak.card.get() {
                 every_one_counted(case, &card.stats().snapshot())?;
             }
+        }
+        "block.grow" => {
+            let said = soak.larger.get().context("not this disk")?.said()?;
+            ensure!(
+                said.contains("32768 sectors became 49152; the frontend was told"),
+                "{said}"
+            );
+            let bytes = std::fs::read(&image)?;
+            ensure!(bytes.len() == 24 << 20, "{} bytes", bytes.len());
+            ensure!(bytes.ends_with(&[0x5a; 4096]), "the new end");
         }
         "life.bad_doorbells" => {
             let bad = vm.stats().bad_doorbells;
@@ -565,6 +577,8 @@ struct Soak {
     lan: Option<Lan>,
     /// Dropped, it ends the backend that runs in this process now.
     ending: Mutex<Option<UnixStream>>,
+    /// What makes the disk larger.
+    larger: OnceLock<Arc<Larger>>,
 }
 
 impl Soak {
@@ -572,6 +586,13 @@ impl Soak {
     fn disk(self: &Arc<Soak>, image: &Path) -> std::io::Result<BlockConfig> {
         let serve = self.serve(block_device(image, false)?);
         Ok(BlockConfig::in_process(serve).queues(2))
+    }
+
+    /// A disk that can be made larger.
+    fn growing_disk(&self, backend: Backend, image: &Path) -> anyhow::Result<BlockConfig> {
+        let (disk, larger) = Larger::disk(backend, image)?;
+        let _ = self.larger.set(larger);
+        Ok(disk)
     }
 
     /// A card whose backend runs in this process.
@@ -648,6 +669,7 @@ fn kill_9(pid: u32) {
 fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
     let (image, soak): (PathBuf, _) = (image.into(), Arc::clone(soak));
     let (linked, flooded) = (Arc::clone(&soak), Arc::clone(&soak));
+    let growing = Arc::clone(&soak);
     builder
         .call(0, |call| {
             let sum = call.args().iter().sum();
@@ -692,6 +714,10 @@ fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
         .call(9, move |call| {
             let dropped = flooded.lan.as_ref().and_then(|lan| lan.flood_drops().ok());
             call.finish(dropped.ok_or(Refusal::code(3)));
+        })
+        .call(10, move |call| {
+            let begun = growing.larger.get().map(|larger| larger.begin(24 << 20));
+            call.finish(begun.map(|()| 0).ok_or(Refusal::code(4)));
         })
 }
 

@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     ("block.reopen", reopen),
     ("block.disk_full", disk_full),
     ("block.truncated", truncated),
+    ("block.grow", grow),
 ];
 
 fn pattern(sector: u64, len: usize) -> Vec<u8> {
@@ -299,4 +300,35 @@ fn truncated(boot: &Boot) -> Outcome {
     ensure!(matches!(got, Err(Error::Io)), "past the cut: {got:?}");
     disk.read_blocking(0, &mut [0; 4096])
         .map_err(text("before the cut"))
+}
+
+/// The host makes the disk larger while the guest idles, which is told of it and uses what is new.
+fn grow(boot: &Boot) -> Outcome {
+    let platform = boot.platform();
+    let mut disk = block::open(platform, None).map_err(text("open"))?;
+    let device = disk.device();
+    let before = disk.capacity();
+    let got = disk.write_blocking(before, &[1; 512]);
+    ensure!(matches!(got, Err(Error::OutOfRange)), "not yet: {got:?}");
+    platform
+        .call(pv_abi::call::number::EMBEDDER + 10, [0; 6])
+        .map_err(text("ask for more"))?;
+    // Nothing but the event ends this.
+    while !device.take_config_change() {
+        platform.idle(None);
+    }
+    let after = disk.capacity();
+    ensure!(after == before + (8 << 11), "{before} became {after}");
+    // Across the old end, and at the new one.
+    for (sector, byte) in [(before - 4, 0xa5u8), (after - 8, 0x5a)] {
+        disk.write_blocking(sector, &[byte; 4096])
+            .map_err(text("write"))?;
+        let mut back = [0; 4096];
+        disk.read_blocking(sector, &mut back)
+            .map_err(text("read"))?;
+        ensure!(back == [byte; 4096], "sector {sector}");
+    }
+    let got = disk.read_blocking(after - 7, &mut [0; 4096]);
+    ensure!(matches!(got, Err(Error::OutOfRange)), "too much: {got:?}");
+    disk.flush().map_err(text("flush"))
 }
