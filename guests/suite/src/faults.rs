@@ -49,6 +49,8 @@ pub const CASES: &[Case] = &[
     ("fault.sse", |_| run(sse)),
     ("fault.empty_slot", |_| run(empty_slot)),
     ("fault.bad_segment", |_| run(hostile_bad_segment)),
+    ("fault.stack_segment", |_| run(stack_segment)),
+    ("fault.gs_base", |_| run(hostile_gs_base)),
     ("banned.hlt", |_| run(hostile_hlt)),
     ("banned.cli", |_| run(hostile_cli)),
     ("banned.sti", |_| run(hostile_sti)),
@@ -65,6 +67,13 @@ pub const CASES: &[Case] = &[
     ("banned.lgdt", |_| run(hostile_lgdt)),
     ("banned.invlpg", |_| run(hostile_invlpg)),
     ("banned.iopl", |_| run(hostile_iopl)),
+    ("banned.vmcall", |_| call_out(hostile_vmcall)),
+    ("banned.vmmcall", |_| call_out(hostile_vmmcall)),
+    ("banned.iretq", |_| run(hostile_iretq)),
+    ("banned.far_call", |_| run(hostile_far_call)),
+    ("banned.swapgs", |_| run(hostile_swapgs)),
+    ("banned.rdpmc", |_| run(hostile_rdpmc)),
+    ("banned.sysenter", |_| run(hostile_sysenter)),
 ];
 
 static DATA: u64 = 0xc3;
@@ -73,6 +82,13 @@ fn run(provoke: unsafe extern "C" fn()) -> Outcome {
     // SAFETY: ends the VM, or returns and fails the case.
     unsafe { provoke() };
     Err("nothing happened".into())
+}
+
+/// A hypervisor may answer a call from CPL 3, with no more than an error in RAX.
+fn call_out(provoke: unsafe extern "C" fn()) -> Outcome {
+    // SAFETY: ends the VM, or does nothing.
+    unsafe { provoke() };
+    Ok(())
 }
 
 fn read(address: u64) -> Outcome {
@@ -160,5 +176,14 @@ provoke! {
     hostile_mov_cr3: "mov rax, cr3";
     hostile_lgdt: "lgdt [rsp]";
     hostile_invlpg: "invlpg [rsp]";
+    stack_segment: "mov rax, 1", "shl rax, 63", "mov rsp, rax", "push rax";
+    hostile_gs_base: "mov rax, 0x3000000000", "wrgsbase rax", "mov eax, 0x800000 + 64", "xor edi, edi", "call rax";
+    hostile_vmcall: "mov eax, 1", "vmcall";
+    hostile_vmmcall: "mov eax, 1", "vmmcall";
+    hostile_iretq: "mov rax, rsp", "push 0x18", "push rax", "pushfq", "push 0x10", "lea rax, [rip + 2f]", "push rax", "iretq", "2:";
+    hostile_far_call: "sub rsp, 8", "mov dword ptr [rsp], 0", "mov dword ptr [rsp + 4], 0x10", ".byte 0xff, 0x1c, 0x24", "add rsp, 8";
+    hostile_swapgs: "swapgs";
+    hostile_rdpmc: "xor ecx, ecx", "rdpmc";
+    hostile_sysenter: "mov rbp, rsp", "mov eax, 20", "sysenter";
     hostile_iopl: "pushfq", "or qword ptr [rsp], 0x3000", "popfq", "cli";
 }

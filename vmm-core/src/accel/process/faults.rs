@@ -102,6 +102,7 @@ mod tests {
         assert_eq!(class(libc::SIGSEGV, SEGV_MAPERR), Ok(FaultClass::Page));
         assert_eq!(class(libc::SIGSEGV, SI_KERNEL), Ok(FaultClass::Protection));
         assert_eq!(class(libc::SIGBUS, BUS_ADRALN), Ok(FaultClass::Alignment));
+        assert_eq!(class(libc::SIGBUS, SI_KERNEL), Ok(FaultClass::Protection));
         assert_eq!(class(libc::SIGBUS, 2), Ok(FaultClass::Memory));
         assert_eq!(
             class(libc::SIGSYS, 1),
