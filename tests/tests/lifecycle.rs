@@ -9,8 +9,8 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 use vmm_core::{
-    Accel, BuildError, ExitReason, FaultClass, Image, ImageError, NetConfig, Violation, VmBuilder,
-    VmError,
+    Accel, BuildError, ExitReason, FaultClass, Image, ImageError, NetConfig, SandboxReport,
+    Violation, VmBuilder, VmError,
 };
 
 #[test]
@@ -451,4 +451,46 @@ fn the_sandbox_says_what_is_in_force() {
         let target = fs::read_link(entry.unwrap().path()).unwrap();
         assert!(target.to_string_lossy().contains("[eventfd]"), "{target:?}");
     }
+    outer_layers(guest, &report);
+}
+
+/// Limits, namespaces and Landlock of a guest's process: in force if the report says so, and the report
+/// says so wherever this host has them for everybody.
+fn outer_layers(guest: u32, report: &SandboxReport) {
+    let limits = fs::read_to_string(format!("/proc/{guest}/limits")).unwrap();
+    let core = limits.lines().find(|l| l.starts_with("Max core file size"));
+    let core: Vec<_> = core.unwrap().split_ascii_whitespace().skip(4).collect();
+    assert_eq!(core, ["0", "0", "bytes"], "{limits}");
+    let says = |layer: &str| report.layers.iter().any(|l| l.contains(layer));
+    assert!(says("no core dumps"), "{report:?}");
+    let namespace = |pid: &str, kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}"));
+    let guest = guest.to_string();
+    for (layer, kinds) in [
+        ("a user namespace", &["user"][..]),
+        ("IPC, UTS and cgroup namespaces", &["ipc", "uts", "cgroup"]),
+    ] {
+        for kind in kinds {
+            let ours = namespace("self", kind).unwrap();
+            match namespace(&guest, kind) {
+                Ok(its) => assert_eq!(its != ours, says(layer), "{kind}: {report:?}"),
+                Err(error) => println!("SKIPPED: the {kind} namespace cannot be seen: {error}"),
+            }
+        }
+        if !says(layer) {
+            println!("SKIPPED: {layer}: this host refuses it");
+        }
+    }
+    // What a process is under is nowhere to be read; but where Landlock is, nobody is refused it.
+    assert_eq!(says("Landlock"), landlock(), "{report:?}");
+}
+
+/// Whether this host's kernel has Landlock, switched on.
+#[allow(unsafe_code)]
+fn landlock() -> bool {
+    // SAFETY: asks for the version: no structure is read.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) };
+    if version <= 0 {
+        println!("SKIPPED: Landlock: not in this host's kernel");
+    }
+    version > 0
 }
