@@ -75,6 +75,7 @@ const CASES: &[(&str, End)] = &[
     ("life.panic", Panic),
     ("life.allocator", Fine),
     ("life.floating_point", Fine),
+    ("life.memory", Fine),
     ("life.idle_times_out", Fine),
     ("life.idle_short", Fine),
     ("life.spin", Endless),
@@ -158,6 +159,7 @@ const CASES: &[(&str, End)] = &[
     ("device.table_is_alone", Fine),
     ("console.output", Fine),
     ("console.echo", Fine),
+    ("console.futures", Fine),
     ("rng.fill", Fine),
     ("block.read_write", Fine),
     ("block.sizes", Fine),
@@ -355,7 +357,7 @@ fn run(
     let vm = builder.build().context("build")?.run().context("run")?;
     let vm = Arc::new(vm);
     let _ = soak.vm.set(Arc::downgrade(&vm));
-    if case == "console.echo" {
+    if matches!(case, "console.echo" | "console.futures") {
         vm.console_input(b"hello, guest\n")?;
     }
     let reason = match end {
@@ -382,7 +384,7 @@ fn run(
             );
             ensure!(bytes.ends_with(&[b'x'; 10_000]), "console ended otherwise");
         }
-        "console.echo" => {
+        "console.echo" | "console.futures" => {
             let bytes = transcript.console();
             ensure!(
                 bytes == b"\ntseug ,olleh",

@@ -26,6 +26,7 @@ pub const CASES: &[Case] = &[
     ("console.output", console_output),
     ("console.echo", console_echo),
     ("console.held", console_held),
+    ("console.futures", console_futures),
     ("rng.fill", rng_fill),
 ];
 
@@ -380,6 +381,27 @@ fn console_echo(boot: &Boot) -> Outcome {
     line.reverse();
     console.write(&line).map_err(text("write"))?;
     console.flush().map_err(text("flush"))
+}
+
+/// As `console.echo`, and entropy beside it, as futures.
+fn console_futures(boot: &Boot) -> Outcome {
+    let platform = boot.platform();
+    let mut console = guest_sdk::console::Console::open(platform, None).map_err(text("open"))?;
+    let mut rng = guest_sdk::rng::Rng::open(platform, None).map_err(text("open rng"))?;
+    guest_sdk::flat::block_on(async {
+        let mut line = Vec::new();
+        while line.last() != Some(&b'\n') {
+            let mut bytes = [0; 16];
+            let count = console.read_async(&mut bytes).await.map_err(text("read"))?;
+            line.extend_from_slice(&bytes[..count]);
+        }
+        let mut random = [0; 300];
+        rng.fill_async(&mut random).await.map_err(text("fill"))?;
+        ensure!(random[200..].iter().any(|byte| *byte != 0), "no entropy");
+        line.reverse();
+        console.write_async(&line).await.map_err(text("write"))?;
+        console.flush_async().await.map_err(text("flush"))
+    })
 }
 
 /// The host does not take the output: the chain stays away, and a reset does not wait for it.

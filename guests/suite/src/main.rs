@@ -11,6 +11,7 @@ mod cards;
 mod devices;
 mod faults;
 mod life;
+mod memory;
 mod net;
 mod net_raw;
 mod rings;
@@ -43,6 +44,7 @@ fn main(boot: &Boot) -> Outcome {
     let all = [
         calls::CASES,
         life::CASES,
+        memory::CASES,
         faults::CASES,
         devices::CASES,
         blocks::CASES,
