@@ -44,7 +44,7 @@
 //! how it gets to the next one.
 //!
 //! Each driver has three forms: calls that wait, calls that only look, and futures. The futures belong
-//! to no executor: [`device::Wakers`] says what one owes them.
+//! to no executor: [`device::Wakers`] and [`AsyncBlock`](block::AsyncBlock) say what one owes them.
 //!
 //! | module | what |
 //! |---|---|
