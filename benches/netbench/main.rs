@@ -94,12 +94,10 @@ const CASES: [(&str, Case, f64); 8] = [
 ];
 
 fn compare(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
-    let beside = std::env::current_exe()?;
-    let beside = beside
-        .parent()
-        .and_then(|p| p.parent())
-        .ok_or("no folder")?;
-    let daemon = cli.daemon.clone().unwrap_or(beside.join("pv-netd"));
+    let daemon = match &cli.daemon {
+        Some(path) => path.clone(),
+        None => std::env::current_exe()?.with_file_name("pv-netd"),
+    };
     let dir = tempfile::tempdir()?;
     println!(
         "64-byte packets; packets per second, median of {} turns",
