@@ -86,6 +86,7 @@ const CASES: &[(&str, End)] = &[
     ("smp.start_all", Fine),
     ("smp.wake", Fine),
     ("smp.bad_start", Fine),
+    ("smp.queue_moves", Fine),
     ("smp.exit_from_secondary", Code(7)),
     ("fault.divide", Fault(FaultClass::Divide)),
     ("fault.divide_overflow", Fault(FaultClass::Divide)),

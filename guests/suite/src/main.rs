@@ -12,6 +12,7 @@ mod devices;
 mod faults;
 mod life;
 mod memory;
+mod moves;
 mod net;
 mod net_raw;
 mod rings;
@@ -45,6 +46,7 @@ fn main(boot: &Boot) -> Outcome {
         calls::CASES,
         life::CASES,
         memory::CASES,
+        moves::CASES,
         faults::CASES,
         devices::CASES,
         blocks::CASES,

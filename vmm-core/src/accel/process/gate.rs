@@ -173,7 +173,10 @@ global_asm!(
     "mov r8, gs:[0]",
     "cmp word ptr [r8 + r9*8 + {poll} + 6], 0",
     "je 34f",
+    // Once: the VMM may empty the entry while its old descriptor is being waited for.
     "mov edi, [r8 + r9*8 + {poll}]",
+    "test edi, edi",
+    "js 34f",
     "lea rsi, [r8 + {read_buffer}]",
     "mov edx, 8",
     "xor eax, eax", // read: drain before the bit is set

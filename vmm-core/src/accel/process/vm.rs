@@ -345,7 +345,8 @@ impl AccelVm for ProcessVm {
         let Some(slots) = waiting.get_mut(index) else {
             return Ok(());
         };
-        // An entry never moves: the gate may be half-way through the set.
+        // An entry never moves, as the gate may be half-way through the set; and one that is emptied
+        // may still fire, as `ppoll` waits with a copy: the gate passes over it.
         let found = slots.iter().position(|slot| *slot == Some(event));
         let slot = match (found, on) {
             (Some(_), true) | (None, false) => return Ok(()),
