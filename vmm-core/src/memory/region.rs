@@ -1,6 +1,7 @@
 //! One mapping: made, advised, sealed, and read or written without references into it.
 #![allow(unsafe_code)]
-// UNSAFETY: madvise and memfd_create have no safe wrapper; all access goes through vm-memory.
+// UNSAFETY: madvise, memfd_create and a mapping with a guard beside it have no safe wrapper; all access
+// goes through vm-memory.
 
 use pv_abi::layout::{LARGE_PAGE_SIZE, PAGE_SIZE};
 use std::fs::File;
@@ -45,10 +46,71 @@ pub(crate) enum Backing {
 /// A mapping of guest memory, readable and writable by the VMM.
 #[derive(Clone, Debug)]
 pub(crate) struct Region {
-    map: Arc<MmapRegion>,
+    map: Arc<Mapped>,
     file: Option<Arc<File>>,
     len: u64,
     huge: std::sync::Arc<std::sync::atomic::AtomicBool>,
+}
+
+/// The bytes, which are there as long as this is.
+#[derive(Debug)]
+struct Mapped {
+    map: MmapRegion,
+    _guarded: Option<Guarded>,
+}
+
+impl std::ops::Deref for Mapped {
+    type Target = MmapRegion;
+
+    fn deref(&self) -> &MmapRegion {
+        &self.map
+    }
+}
+
+/// Anonymous memory with a guard behind it, which nothing can touch.
+///
+/// Without one the kernel merges neighbours that are alike, and what it says of a region is then what
+/// it says of several. It begins on a large page, so that it can be made of them.
+#[derive(Debug)]
+struct Guarded {
+    whole: usize,
+    whole_len: usize,
+}
+
+impl Guarded {
+    /// The guarded memory, and where its usable part of so many bytes begins.
+    fn new(len: usize) -> io::Result<(Guarded, *mut u8)> {
+        let large = usize::try_from(LARGE_PAGE_SIZE).map_err(io::Error::other)?;
+        let whole_len = len.checked_add(large).ok_or(io::ErrorKind::OutOfMemory)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let none = libc::PROT_NONE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), whole_len, none, flags, -1, 0) };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let guarded = Guarded {
+            whole: at.expose_provenance(),
+            whole_len,
+        };
+        // At most a large page less one page, so a page at least is left at the end.
+        let skipped = guarded.whole.next_multiple_of(large) - guarded.whole;
+        let start = at.cast::<u8>().wrapping_add(skipped);
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: inside the mapping just made, which nobody uses yet.
+        if unsafe { libc::mprotect(start.cast(), len, prot) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((guarded, start))
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        let at = std::ptr::with_exposed_provenance_mut(self.whole);
+        // SAFETY: the mapping that `new` made, used through one `Mapped` alone, which is gone.
+        unsafe { libc::munmap(at, self.whole_len) };
+    }
 }
 
 impl Region {
@@ -56,10 +118,15 @@ impl Region {
         let size = usize::try_from(len).map_err(io::Error::other)?;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let builder = MmapRegionBuilder::new(size).with_mmap_prot(prot);
-        let (builder, file) = match backing {
+        let (builder, file, guarded) = match backing {
             Backing::Anonymous => {
+                let (guarded, start) = Guarded::new(size)?;
                 let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-                (builder.with_mmap_flags(flags), None)
+                let builder = builder.with_mmap_flags(flags);
+                // SAFETY: `size` bytes from there are mapped, for as long as `Guarded` lives, which
+                // is with the region in one `Mapped`.
+                let builder = unsafe { builder.with_raw_mmap_pointer(start) };
+                (builder, None, Some(guarded))
             }
             Backing::Memfd(name) | Backing::Arena(name) => {
                 let mut seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
@@ -70,10 +137,13 @@ impl Region {
                 let builder = builder
                     .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
                     .with_file_offset(FileOffset::new(file.try_clone()?, 0));
-                (builder, Some(Arc::new(file)))
+                (builder, Some(Arc::new(file)), None)
             }
         };
-        let map = builder.build().map_err(io::Error::other)?;
+        let map = Mapped {
+            map: builder.build().map_err(io::Error::other)?,
+            _guarded: guarded,
+        };
         let region = Region {
             map: Arc::new(map),
             file,
@@ -274,6 +344,31 @@ fn memfd(name: &str, len: u64, seals: libc::c_int) -> io::Result<File> {
 mod tests {
     use super::*;
 
+    /// Whatever the host does by itself.
+    fn small_pages(region: &Region) {
+        let _ = region.advise(0, region.len(), libc::MADV_NOHUGEPAGE);
+    }
+
+    #[test]
+    fn neighbours_are_counted_apart() {
+        let regions: Vec<Region> = (0..8)
+            .map(|_| Region::new(2 << 20, Backing::Anonymous).unwrap())
+            .collect();
+        for (index, region) in regions.iter().enumerate() {
+            small_pages(region);
+            assert!(region.host_address().is_multiple_of(LARGE_PAGE_SIZE));
+            for page in 0..index as u64 {
+                region.write(page * PAGE_SIZE, &1u8).unwrap();
+            }
+        }
+        for (index, region) in regions.iter().enumerate() {
+            assert_eq!(region.usage().resident, index as u64 * PAGE_SIZE);
+        }
+        let kept = regions[3].clone();
+        drop(regions);
+        assert_eq!(kept.read::<u8>(0).unwrap(), 1);
+    }
+
     #[test]
     fn pages_that_another_process_has_touched_are_resident() {
         let region = Region::new(4 << 20, Backing::Memfd("pv-test")).unwrap();
@@ -290,6 +385,7 @@ mod tests {
         assert_eq!((seen, region.usage().resident), (*b"ab", 12 * PAGE_SIZE));
         assert!(region.fill(region.len() - 1, b"ab").is_err());
         let anonymous = Region::new(4 << 20, Backing::Anonymous).unwrap();
+        small_pages(&anonymous);
         anonymous.fill(0, &[1; 3 * PAGE_SIZE as usize]).unwrap();
         assert_eq!(anonymous.usage().resident, 3 * PAGE_SIZE);
         assert!(anonymous.fill(anonymous.len() - 1, b"ab").is_err());
