@@ -205,7 +205,10 @@ impl Fault {
 pub enum ExitReason {
     /// The guest called the `exit` slot with this code.
     Exited(u32),
-    /// The guest panicked; its message, at most 2 KiB.
+    /// The guest panicked; its message, of 2 KiB at most as the guest sent it.
+    ///
+    /// What is not UTF-8 in it has been replaced, by three bytes each. It may hold line breaks and a
+    /// terminal's control sequences, which `Display` of the reason escapes.
     Panicked(String),
     /// A CPU fault in the guest.
     Fault(Box<GuestFault>),
@@ -239,7 +242,9 @@ impl std::fmt::Display for ExitReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             ExitReason::Exited(code) => write!(f, "exited with code {code}"),
-            ExitReason::Panicked(message) => write!(f, "panicked: {message}"),
+            ExitReason::Panicked(message) => {
+                write!(f, "panicked: {}", message.escape_debug())
+            }
             ExitReason::Fault(fault) => fault.fmt(f),
             ExitReason::Violation(violation) => violation.fmt(f),
             ExitReason::Stopped => f.write_str("stopped by the embedder"),
@@ -307,6 +312,13 @@ mod tests {
         assert_eq!(classify(13, &[]), FaultClass::Protection);
         assert_eq!(classify(14, &[0xf4]), FaultClass::Page);
         assert_eq!(classify(13, &[0x66; 15]), FaultClass::Protection);
+    }
+
+    #[test]
+    fn what_a_guest_says_is_escaped() {
+        let message = "can't\n\u{1b}[2Jgo on \u{202e}".to_owned();
+        let shown = ExitReason::Panicked(message).to_string();
+        assert_eq!(shown, r"panicked: can\'t\n\u{1b}[2Jgo on \u{202e}");
     }
 
     #[test]

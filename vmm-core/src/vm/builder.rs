@@ -230,6 +230,9 @@ impl VmBuilder {
     }
 
     /// Where the guest's log lines go; without it they become `tracing` events.
+    ///
+    /// The sink gets them as the guest sent them, 2 KiB at most, with what is not UTF-8 replaced: line
+    /// breaks and control sequences are still in there. The events have them escaped.
     pub fn log(mut self, sink: impl Fn(LogLevel, &str) + Send + Sync + 'static) -> VmBuilder {
         self.log = Some(Box::new(sink));
         self
@@ -560,6 +563,8 @@ fn ends_vm(shared: &Arc<Shared>) -> impl FnOnce() + Send + 'static {
 }
 
 fn log_to_tracing(level: LogLevel, text: &str) {
+    // A guest forges no line, and reaches no terminal.
+    let text = text.escape_debug();
     match level {
         LogLevel::Error => tracing::error!(target: "guest", "{text}"),
         LogLevel::Warn => tracing::warn!(target: "guest", "{text}"),
