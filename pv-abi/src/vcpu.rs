@@ -53,8 +53,10 @@ pub struct VcpuPage {
     pub frames: [Frame; FRAMES],
     /// Pending event bits, set by the host or the gate, taken by the guest with atomic swaps.
     pub pending: [u64; EVENT_WORDS],
+    /// Events of queues and configurations that `idle` found; counted by the gate or the host.
+    pub events: u64,
     /// Zero; reserved for upcall masks.
-    pub reserved0: [u64; 3],
+    pub reserved0: [u64; 2],
     /// Private to the gate: entries of `poll` in use.
     pub poll_count: u32,
     /// Zero.
@@ -74,7 +76,8 @@ pub struct VcpuPage {
 }
 assert_layout!(VcpuPage, size 4096, align 64, self_gpa @ 0, index @ 8, count @ 12, fs_base @ 0x10,
     idle_ns @ 0x18, kicks @ 0x20, idles @ 0x28, handoff @ 0x30, handoff_arg @ 0x34,
-    gate_private @ 0x38, frames @ 0x80, pending @ 0x180, reserved0 @ 0x1a0, poll_count @ 0x1b8,
+    gate_private @ 0x38, frames @ 0x80, pending @ 0x180, events @ 0x1a0, reserved0 @ 0x1a8,
+    poll_count @ 0x1b8,
     reserved1 @ 0x1bc, poll @ 0x1c0, poll_event @ 0x1c0 + 8 * MAX_POLL,
     reserved2 @ 0x1c0 + 10 * MAX_POLL, save_area @ 0x1c0 + 10 * MAX_POLL + 6,
     reserved3 @ 0x1c0 + 10 * MAX_POLL + 262, scratch @ 2048);

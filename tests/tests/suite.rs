@@ -20,8 +20,8 @@ use vhost_backends::net::{Drop as Dropped, NetDevice, NetSnapshot};
 use vhost_backends::session::{Device, Server, SessionEnd};
 use vmm_core::pv_abi::call::number;
 use vmm_core::{
-    Accel, BlockConfig, ExitReason, FaultClass, Image, LogLevel, NetConfig, Refusal, Violation,
-    VmBuilder, VmHandle,
+    Accel, BlockConfig, ExitReason, FaultClass, Image, LogLevel, NetConfig, Refusal, Stats,
+    Violation, VmBuilder, VmHandle,
 };
 
 /// How a case has to end.
@@ -83,6 +83,7 @@ const CASES: &[(&str, End)] = &[
     ("life.bad_doorbells", Fine),
     ("life.doorbell_storm", Fine),
     ("life.log_storm", Fine),
+    ("life.counted", Fine),
     ("smp.start_all", Fine),
     ("smp.wake", Fine),
     ("smp.bad_start", Fine),
@@ -432,6 +433,10 @@ fn run(
             let bad = vm.stats().bad_doorbells;
             ensure!(bad == 9, "{bad} bad doorbells were counted");
         }
+        "life.counted" => {
+            let (idles, rounds) = *soak.counted.get().context("the guest told nothing")?;
+            counts(accel, &vm.stats(), idles, rounds)?;
+        }
         "life.log_storm" => {
             let dropped = vm.stats().log_dropped;
             ensure!(dropped > 0, "no log line was dropped");
@@ -440,6 +445,34 @@ fn run(
     }
     drop(vm);
     drop(tmpfs);
+    Ok(())
+}
+
+/// What `life.counted` did, of which it told the host how often it idled and waited for an event.
+fn counts(accel: Accel, stats: &Stats, idles: u64, rounds: u64) -> anyhow::Result<()> {
+    let calls = [
+        (number::NEGOTIATE, 1),
+        (number::NOP, 17),
+        (number::CLOCK, 5),
+        (number::DEVICE_ACTIVATE, 1),
+        (number::EMBEDDER, 5),
+        (number::EMBEDDER + 20, 1),
+    ];
+    let (unknown, bad_doorbells) = (5, 3);
+    ensure!(stats.calls == calls.into(), "calls: {stats:?}");
+    ensure!(stats.refused_calls == unknown, "refused: {stats:?}");
+    ensure!(stats.kicks == rounds + bad_doorbells, "kicks: {stats:?}");
+    ensure!(stats.bad_doorbells == bad_doorbells, "doorbells: {stats:?}");
+    ensure!(stats.idles == idles, "{idles} idles: {stats:?}");
+    ensure!(stats.events == rounds, "events: {stats:?}");
+    let exits = stats.exits;
+    let made: u64 = calls.iter().map(|(_, times)| times).sum();
+    ensure!(exits.call == made + unknown, "calls: {exits:?}");
+    ensure!(exits.doorbell == bad_doorbells, "doorbells: {exits:?}");
+    // On process the guest waits by itself.
+    let waits = if accel == Accel::Kvm { idles } else { 0 };
+    ensure!(exits.idle == waits, "{waits} waits: {exits:?}");
+    ensure!((exits.fault, exits.other) == (0, 1), "end: {exits:?}");
     Ok(())
 }
 
@@ -585,6 +618,8 @@ impl Transcript {
 struct Soak {
     vm: OnceLock<std::sync::Weak<VmHandle>>,
     kills: AtomicU64,
+    /// What `life.counted` has counted itself.
+    counted: OnceLock<(u64, u64)>,
     /// Writes or frames that the guest has found to be right, when it was last over an end.
     done: AtomicU64,
     /// The card, if its backend runs in this process.
@@ -686,6 +721,7 @@ fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
     let (image, soak): (PathBuf, _) = (image.into(), Arc::clone(soak));
     let (linked, flooded) = (Arc::clone(&soak), Arc::clone(&soak));
     let growing = Arc::clone(&soak);
+    let told = Arc::clone(&soak);
     builder
         .call(0, |call| {
             let sum = call.args().iter().sum();
@@ -726,6 +762,11 @@ fn calls(builder: VmBuilder, image: &Path, soak: &Arc<Soak>) -> VmBuilder {
             let [switch, up, ..] = call.args();
             let done = linked.set_link(switch, up != 0);
             call.finish(done.map(u64::from).ok_or(Refusal::code(2)));
+        })
+        .call(20, move |call| {
+            let [idles, rounds, ..] = call.args();
+            let _ = told.counted.set((idles, rounds));
+            call.finish(Ok(0));
         })
         .call(9, move |call| {
             let dropped = flooded.lan.as_ref().and_then(|lan| lan.flood_drops().ok());

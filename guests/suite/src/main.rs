@@ -9,10 +9,10 @@ mod blocks;
 mod calls;
 mod cards;
 mod devices;
+mod entropy;
 mod faults;
 mod life;
 mod memory;
-mod moves;
 mod net;
 mod net_raw;
 mod rings;
@@ -46,7 +46,7 @@ fn main(boot: &Boot) -> Outcome {
         calls::CASES,
         life::CASES,
         memory::CASES,
-        moves::CASES,
+        entropy::CASES,
         faults::CASES,
         devices::CASES,
         blocks::CASES,

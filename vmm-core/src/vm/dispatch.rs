@@ -70,7 +70,9 @@ impl Shared {
                 self.host_error(error);
             }
         } else {
-            self.violation(Violation::BadFrameIndex { index: frame });
+            // Counted already: the exit was a call.
+            let violation = Violation::BadFrameIndex { index: frame };
+            self.finish(ExitReason::Violation(violation));
         }
     }
 

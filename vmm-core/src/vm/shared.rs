@@ -215,6 +215,9 @@ impl Shared {
             };
             stats.kicks = stats.kicks.wrapping_add(read(offset_of!(VcpuPage, kicks)));
             stats.idles = stats.idles.wrapping_add(read(offset_of!(VcpuPage, idles)));
+            stats.events = stats
+                .events
+                .wrapping_add(read(offset_of!(VcpuPage, events)));
         }
         stats
     }

@@ -51,7 +51,7 @@ pub struct ExitCounts {
     pub idle: u64,
     /// Doorbells that no ioeventfd answered.
     pub doorbell: u64,
-    /// CPU faults and violations.
+    /// CPU faults, and violations that the accel saw.
     pub fault: u64,
     /// Kicks by the VMM itself: pause, stop.
     pub interrupted: u64,
@@ -80,6 +80,11 @@ pub struct Stats {
     pub kicks: u64,
     /// Times that the guest used the `idle` slot, as the gate counted them in the guest's pages.
     pub idles: u64,
+    /// Events of queues and configurations that `idle` found, as counted in the guest's pages.
+    ///
+    /// One that came while the guest was busy, and that it did not idle for, is not among them; several
+    /// of a queue that came together are one.
+    pub events: u64,
     /// Doorbells that do not exist.
     pub bad_doorbells: u64,
     /// Log lines that were dropped because the guest was too talkative.
@@ -125,6 +130,7 @@ impl Counters {
             refused_calls: self.refused_calls.get(),
             kicks: 0,
             idles: 0,
+            events: 0,
             bad_doorbells: self.bad_doorbells.get(),
             log_dropped: self.log_dropped.get(),
             config_events: self.config_events.get(),

@@ -109,6 +109,9 @@ impl IdleSet {
             let word = memory.vmm.word64(pending + u64::from(event / 64) * 8)?;
             // Ordering: Release, so that who takes the bit sees what the event announced.
             word.fetch_or(1 << (event % 64), Ordering::Release);
+            // Ordering: a statistic. The host's to count, as it is the host that waits.
+            let events = page + offset_of!(VcpuPage, events) as u64;
+            memory.vmm.word64(events)?.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     }

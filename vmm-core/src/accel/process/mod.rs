@@ -69,6 +69,7 @@ mod page {
     pub(super) const IDLES: usize = offset_of!(VcpuPage, idles);
     pub(super) const IDLE_NS: usize = offset_of!(VcpuPage, idle_ns);
     pub(super) const PENDING: usize = offset_of!(VcpuPage, pending);
+    pub(super) const EVENTS: usize = offset_of!(VcpuPage, events);
     pub(super) const POLL: usize = offset_of!(VcpuPage, poll);
     pub(super) const POLL_COUNT: usize = offset_of!(VcpuPage, poll_count);
     pub(super) const POLL_EVENT: usize = offset_of!(VcpuPage, poll_event);
