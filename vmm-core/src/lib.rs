@@ -27,7 +27,8 @@
 //! admitted only inside `KVM_RUN`. On process, and for spawned backends, it has child processes: an
 //! embedder that waits for *any* child (`waitpid(-1)`) must do so with `__WNOTHREAD`, or it takes their
 //! ends away from the library. A `VmHandle` is not dropped or waited for inside a callback of its own
-//! VM.
+//! VM, nor paused in a call handler, which would wait for itself until it times out. A [`Call`] that is
+//! kept keeps all memory of its VM, the VM itself being gone or not.
 //!
 //! | room | what happens there |
 //! |---|---|
@@ -47,6 +48,7 @@ mod fault;
 mod image;
 pub mod limits;
 mod memory;
+mod pidfd;
 mod vm;
 
 pub use accel::process::{SpareCounts, Spares};

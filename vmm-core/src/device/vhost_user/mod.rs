@@ -129,7 +129,7 @@ impl<M: Model + Default> DeviceConfig<M> {
 
     /// A backend that the VMM starts, supervises, and starts again when it dies.
     ///
-    /// `command` makes the command each time; `--fd 3`, a connected vhost-user socket, is added to
+    /// `command` makes the command each time; `--fd N`, a connected vhost-user socket, is added to
     /// it (the vhost-user specification's backend program conventions).
     ///
     /// ```
