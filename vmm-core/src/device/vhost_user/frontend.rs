@@ -18,13 +18,14 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error as Refused, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
-/// `VHOST_F_LOG_ALL`.
-const LOG_ALL: u64 = 1 << 26;
-/// Virtio features that a guest can be given over this frontend.
-///
-/// Everything but packed rings, as the ABI's queue set-up describes split ones, and what is for the
-/// frontend alone: the dirty log and the protocol features' own bit.
-const PASSED_ON: u64 = !(feature::RING_PACKED | LOG_ALL | 1 << 30);
+/// Bits 24 to 49, which are about rings and transports: virtio 1.3 §2.2.
+const ABOUT_TRANSPORT: u64 = ((1 << 50) - 1) & !((1 << 24) - 1);
+/// Of these, the ones that this transport and the ABI's queue set-up can do; not packed rings, an IOMMU,
+/// data in doorbells, or the reset of a single queue, nor what vhost-user has for the frontend alone.
+const TRANSPORT: u64 =
+    feature::INDIRECT_DESC | feature::EVENT_IDX | feature::VERSION_1 | feature::IN_ORDER;
+/// Virtio features that a guest can be given over this frontend: those of the device's kind as well.
+const PASSED_ON: u64 = !ABOUT_TRANSPORT | TRANSPORT;
 /// Protocol features that this frontend has a use for.
 const WANTED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
     .union(VhostUserProtocolFeatures::MQ)
@@ -321,5 +322,17 @@ impl Backend for VhostUser {
         let _deadline = Deadline::start(&self.stream, BACKEND_DEADLINE)?;
         let [a, b, c, d, e, f] = mac;
         self.say(SEND_RARP, u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_is_offered_what_this_transport_can_do() {
+        let passed: Vec<u32> = (0..64).filter(|bit| PASSED_ON & 1 << bit != 0).collect();
+        let own: Vec<u32> = (0..24).chain([28, 29, 32, 35]).chain(50..64).collect();
+        assert_eq!(passed, own);
     }
 }
