@@ -544,7 +544,7 @@ fn clock_updates(shared: &Arc<Shared>) -> (Duration, Box<dyn FnMut() + Send>) {
     let shared = Arc::downgrade(shared);
     let update = move || {
         if let Some(shared) = shared.upgrade()
-            && let Err(error) = shared.clock.publish(&shared.memory, false)
+            && let Err(error) = shared.clock.update(&shared.memory)
         {
             tracing::warn!(%error, "the clock page cannot be updated");
         }

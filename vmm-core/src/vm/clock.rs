@@ -13,7 +13,7 @@ use pv_abi::layout::{CLOCK_PAGE_BASE, VMM_BASE};
 use std::io;
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Shortest interval from which a rate is derived.
@@ -129,12 +129,27 @@ fn reading() -> (Pair, Option<u64>) {
 }
 
 /// Whether the host itself keeps time by its TSC; if not, neither may a guest.
+///
+/// As it was when it was last looked at: building a VM is not the time for it.
 fn host_trusts_tsc() -> bool {
-    static TRUSTED: OnceLock<bool> = OnceLock::new();
-    *TRUSTED.get_or_init(|| {
-        let path = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
-        std::fs::read_to_string(path).is_ok_and(|name| name.trim() == "tsc")
-    })
+    *TRUSTED
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .get_or_insert_with(trust_of_host)
+}
+
+/// Looks at it anew: a kernel may find its TSC out at any time.
+fn look_at_host() -> bool {
+    let trusted = trust_of_host();
+    *TRUSTED.lock().unwrap_or_else(PoisonError::into_inner) = Some(trusted);
+    trusted
+}
+
+static TRUSTED: Mutex<Option<bool>> = Mutex::new(None);
+
+fn trust_of_host() -> bool {
+    let path = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    std::fs::read_to_string(path).is_ok_and(|name| name.trim() == "tsc")
 }
 
 /// Starts calibration early, so that a rate is there when the first VM is built.
@@ -167,9 +182,18 @@ impl Clock {
         ns(boot_time().saturating_sub(self.built))
     }
 
-    /// The guest's TSC is not the host's: from the next page on, the guest asks for every reading.
+    /// Writes the page again, while the guest runs.
+    pub(crate) fn update(&self, memory: &GuestMemory) -> io::Result<()> {
+        if !look_at_host() {
+            self.distrust_tsc();
+        }
+        self.publish(memory, false)
+    }
+
+    /// The guest's TSC is not the host's, or the host has found it out: from the next page on, and for
+    /// good, the guest asks for every reading.
     pub(crate) fn distrust_tsc(&self) {
-        // Ordering: Relaxed, called before the guest starts.
+        // Ordering: Relaxed, called before the guest starts, and by who writes the pages.
         self.stable.store(false, Ordering::Relaxed);
     }
 
@@ -282,8 +306,10 @@ mod tests {
         };
         clock.publish(&memory, true).unwrap();
         assert_eq!(page(), host_trusts_tsc());
+        clock.update(&memory).unwrap();
+        assert_eq!(page(), look_at_host());
         clock.distrust_tsc();
-        clock.publish(&memory, true).unwrap();
-        assert!(!page());
+        clock.update(&memory).unwrap();
+        assert!(!page(), "for good");
     }
 }
