@@ -46,6 +46,7 @@ fn dropping_leaves_nothing_behind() {
             suite_vm(case, accel)
                 .unwrap()
                 .block(disk(&image, &[]))
+                .boot_deadline(Duration::from_secs(3600))
                 .build()
                 .unwrap()
         };
@@ -70,6 +71,34 @@ fn dropping_leaves_nothing_behind() {
             .filter(|p| alive(*p))
             .collect();
         assert!(left.is_empty(), "{accel}: children are left: {left:?}");
+    }
+}
+
+#[test]
+fn a_boot_deadline_waits_for_a_paused_guest() {
+    for accel in accels().unwrap() {
+        // The deadline is to be far off when the VM is paused, however slow this host is now.
+        let paused = (0..6).find_map(|tries| {
+            let deadline = Duration::from_millis(500 << tries);
+            let vm = VmBuilder::new(Image::from_bytes(guest_images::INERT).unwrap())
+                .accel(accel)
+                .boot_deadline(deadline)
+                .build()
+                .unwrap()
+                .run()
+                .unwrap();
+            vm.pause().is_ok().then_some((vm, deadline))
+        });
+        let (vm, deadline) = paused.expect("not paused in time");
+        std::thread::sleep(deadline * 2);
+        assert!(vm.exit().is_none(), "{accel}: {:?}", vm.exit());
+        vm.resume().unwrap();
+        let reason = vm.wait_timeout(patience(30)).expect("the deadline passed");
+        let late = matches!(
+            reason,
+            ExitReason::Violation(Violation::NeverStarted { .. })
+        );
+        assert!(late, "{accel}: {reason:?}");
     }
 }
 

@@ -64,12 +64,20 @@ pub const MAX_RNG_CHAIN: usize = 64 << 10;
 /// Chains that an in-process device serves before it looks at its other queues.
 pub const DEVICE_BATCH: usize = 64;
 /// How long `pause` waits for a vCPU to leave the guest before it gives up and lets the VM go on.
-pub const VCPU_KICK_TIMEOUT: Duration = Duration::from_secs(10);
+///
+/// More than the longest that one call of the guest's keeps it: an activation may wait for the
+/// configuration to be read, start the queues, and announce a card.
+pub const VCPU_KICK_TIMEOUT: Duration = Duration::from_secs(30);
+const _: () = assert!(
+    REFRESH_DEADLINE.as_secs() + 2 * BACKEND_DEADLINE.as_secs() < VCPU_KICK_TIMEOUT.as_secs()
+);
 /// Pause between repeated kicks of a vCPU that has not left the guest yet.
 pub const VCPU_KICK_PAUSE: Duration = Duration::from_millis(20);
 /// How long the first vCPU's thread looks for `run` before it sleeps: a VM is most often run as soon
 /// as it is built, and being woken on an idle CPU costs a good part of this.
 pub const RUN_LOOK: Duration = Duration::from_micros(100);
+/// How often it is looked whether a guest with a boot deadline has negotiated.
+pub const BOOT_LOOK: Duration = Duration::from_millis(50);
 /// How often the clock page is updated while the VM runs.
 pub const CLOCK_UPDATE: Duration = Duration::from_secs(2);
 /// How long the sandboxed process may take to report that it is ready.

@@ -4,12 +4,13 @@ use super::built::Vm;
 use super::shared::Shared;
 use super::stats::Stats;
 use super::threads;
+use super::turns::Turns;
 use crate::accel::{Accel, AccelVm, Reporter, SandboxReport, StartState};
 use crate::device::console::Input;
 use crate::device::local::LocalThread;
 use crate::device::vhost_user::Link;
 use crate::fault::{ExitReason, Violation};
-use crate::limits::VCPU_KICK_TIMEOUT;
+use crate::limits::{BOOT_LOOK, VCPU_KICK_TIMEOUT};
 use crate::memory::MemoryReport;
 use pv_abi::device::DeviceState;
 use pv_abi::layout::BOOT_BLOCK_BASE;
@@ -17,6 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// What can go wrong with a running VM's controls.
@@ -46,6 +48,8 @@ pub struct VmHandle {
     accel: Accel,
     input: Option<Arc<Input>>,
     pausing: Mutex<()>,
+    /// The thread that looks after the boot deadline.
+    boot: Option<JoinHandle<()>>,
     // Dropped in this order: backends are drained while the in-process loop still runs.
     links: Vec<Link>,
     local: LocalThread,
@@ -79,6 +83,7 @@ impl VmHandle {
             accel,
             input,
             pausing: Mutex::default(),
+            boot: None,
             links,
             local,
         };
@@ -98,7 +103,7 @@ impl VmHandle {
         shared.turns.start(0, state);
         threads::start_others(shared, vcpus)?;
         if let Some(deadline) = boot_deadline {
-            watch_boot(shared, deadline)?;
+            handle.boot = Some(watch_boot(shared, deadline)?);
         }
         if let Some(starter) = late {
             handle.local.start(starter)?;
@@ -290,36 +295,42 @@ impl Drop for VmHandle {
         self.stop();
         self.wait_until(None);
         threads::join(&self.shared);
+        if let Some(boot) = self.boot.take() {
+            let _ = boot.join();
+        }
         for slot in &self.shared.devices {
             slot.shut_down();
         }
     }
 }
 
-/// Ends the VM if nothing has been negotiated by the deadline.
-fn watch_boot(shared: &Arc<Shared>, deadline: Duration) -> io::Result<()> {
-    let weak = Arc::downgrade(shared);
-    let Some(until) = Instant::now().checked_add(deadline) else {
-        return Ok(());
+/// Ends the VM if nothing has been negotiated by the deadline, which does not go on while it is paused.
+///
+/// The thread ends with the VM, if not before.
+fn watch_boot(shared: &Arc<Shared>, deadline: Duration) -> io::Result<JoinHandle<()>> {
+    let shared = Arc::clone(shared);
+    let watch = move || {
+        let mut left = deadline;
+        loop {
+            let (since, paused) = (Instant::now(), shared.turns.pause_wanted());
+            let news = |turns: &Turns| turns.stopped() || turns.pause_wanted() != paused;
+            shared.turns.wait_for(news, Some(left.min(BOOT_LOOK)));
+            if shared.negotiated.load(Ordering::Acquire) || shared.turns.stopped() {
+                return;
+            }
+            if !paused {
+                left = left.saturating_sub(since.elapsed());
+            }
+            if left.is_zero() {
+                let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
+                let violation = Violation::NeverStarted { deadline_ms };
+                return shared.finish(ExitReason::Violation(violation));
+            }
+        }
     };
     std::thread::Builder::new()
         .name("pv-boot".into())
-        .spawn(move || {
-            loop {
-                let left = until.saturating_duration_since(Instant::now());
-                std::thread::sleep(left.min(Duration::from_millis(50)));
-                let Some(shared) = weak.upgrade() else { return };
-                if shared.negotiated.load(Ordering::Acquire) || shared.reason().is_some() {
-                    return;
-                }
-                if left.is_zero() {
-                    let deadline_ms = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
-                    shared.violation(Violation::NeverStarted { deadline_ms });
-                    return;
-                }
-            }
-        })?;
-    Ok(())
+        .spawn(watch)
 }
 
 /// A descriptor borrowed for as long as its owner is.

@@ -139,6 +139,10 @@ impl Turns {
         self.wants(Want::Stop)
     }
 
+    pub(super) fn pause_wanted(&self) -> bool {
+        self.wants(Want::Pause)
+    }
+
     /// Asks for a pause.
     pub(super) fn want_pause(&self) {
         self.set_want(Some(Want::Run), Want::Pause);
