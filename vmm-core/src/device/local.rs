@@ -56,6 +56,7 @@ impl LocalThread {
     pub(crate) fn new(
         mut periodic: Periodic,
         panicked: impl FnOnce() + Send + 'static,
+        span: tracing::Span,
     ) -> io::Result<(LocalThread, Starter)> {
         let mut manager = EventManager::<Boxed>::new().map_err(other)?;
         // The crate's own remote endpoint would be inherited by every program that the embedder runs:
@@ -66,6 +67,7 @@ impl LocalThread {
         manager.add_subscriber(Box::new(Waker(Arc::clone(&wake))));
         let stopped = Arc::clone(&stop);
         let body = move || {
+            let _vm = span.entered();
             let _guard = OnPanic(Some(panicked));
             let millis = i32::try_from(periodic.0.as_millis()).unwrap_or(i32::MAX);
             let mut next = std::time::Instant::now() + periodic.0;

@@ -45,6 +45,7 @@ impl OutputThread {
     pub(crate) fn new(
         output: Output,
         panicked: impl FnOnce() + Send + 'static,
+        span: tracing::Span,
     ) -> io::Result<OutputThread> {
         let desk = Arc::new(Desk {
             state: Mutex::default(),
@@ -54,6 +55,7 @@ impl OutputThread {
         let own = Arc::clone(&desk);
         let start = move || {
             let body = move || {
+                let _vm = span.entered();
                 let _guard = OnPanic(Some(panicked));
                 own.write_all(&output);
             };
@@ -177,6 +179,7 @@ mod tests {
     use super::*;
     use std::sync::mpsc;
     use std::time::Duration;
+    use tracing::Span;
 
     /// Writes nothing before it is told to, and says what it wrote.
     struct Held(mpsc::Receiver<()>, mpsc::Sender<Vec<u8>>);
@@ -195,7 +198,8 @@ mod tests {
     #[test]
     fn one_thing_is_with_the_writer_at_a_time() {
         let ((go, held), (said, heard)) = (mpsc::channel(), mpsc::channel());
-        let mut thread = OutputThread::new(Arc::new(Mutex::new(Held(held, said))), || ()).unwrap();
+        let mut thread =
+            OutputThread::new(Arc::new(Mutex::new(Held(held, said))), || (), Span::none()).unwrap();
         let desk = thread.desk().unwrap();
         assert!(desk.give(&mut b"first".to_vec()));
         let mut second = b"second".to_vec();
@@ -225,7 +229,8 @@ mod tests {
     #[test]
     fn a_writer_that_blocks_is_left_and_one_that_panics_is_told_of() {
         let ((go, held), (said, _heard)) = (mpsc::channel(), mpsc::channel());
-        let mut thread = OutputThread::new(Arc::new(Mutex::new(Held(held, said))), || ()).unwrap();
+        let mut thread =
+            OutputThread::new(Arc::new(Mutex::new(Held(held, said))), || (), Span::none()).unwrap();
         assert!(thread.desk().unwrap().give(&mut b"x".to_vec()));
         let started = Instant::now();
         drop(thread);
@@ -242,10 +247,11 @@ mod tests {
             }
         }
         let (told, panicked) = mpsc::channel();
-        let mut thread = OutputThread::new(Arc::new(Mutex::new(Panics)), move || {
+        let tell = move || {
             let _ = told.send(());
-        })
-        .unwrap();
+        };
+        let output = Arc::new(Mutex::new(Panics));
+        let mut thread = OutputThread::new(output, tell, Span::none()).unwrap();
         assert!(thread.desk().unwrap().give(&mut b"x".to_vec()));
         panicked.recv_timeout(Duration::from_secs(20)).unwrap();
     }

@@ -6,7 +6,7 @@ use super::clock::{self, Clock};
 use super::contents::{load, write_boot_block, write_vcpu_page};
 use super::dispatch::CORE_NUMBERS;
 use super::events::EventTable;
-use super::shared::{LogSink, Shared, SharedParts};
+use super::shared::{LogSink, Shared, SharedParts, new_span};
 use super::stats::Counters;
 use super::threads;
 use super::wanted::{Wanted, slots};
@@ -351,6 +351,8 @@ impl VmBuilder {
     /// [`BuildError`]; nothing is left behind then.
     pub fn build(mut self) -> Result<Vm, BuildError> {
         let began = Instant::now();
+        let span = new_span();
+        let _vm = span.clone().entered();
         let _span = tracing::debug_span!("build").entered();
         clock::prepare();
         self.check()?;
@@ -405,6 +407,7 @@ impl VmBuilder {
             kick_signal: accel.kick_signal(),
             began,
             exited: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            span,
         }));
         let (guard, own) = (EndUnlessRun(Some(Arc::clone(&shared))), Arc::clone(&shared));
         let start_first = Box::new(move || threads::start_first(&own));
@@ -424,7 +427,8 @@ impl VmBuilder {
                 write_vcpu_page(&memory, vcpu, self.vcpus)?;
             }
             shared.clock.publish(&memory, true)?;
-            local = Some(LocalThread::new(clock_updates(&shared), ends_vm(&shared))?);
+            let (clock, span) = (clock_updates(&shared), shared.span.clone());
+            local = Some(LocalThread::new(clock, ends_vm(&shared), span)?);
             Ok(())
         };
         let (accel_vm, vcpus) = match stub {
@@ -516,6 +520,7 @@ impl VmBuilder {
                     counters: Arc::clone(&shared.counters),
                     events: Arc::clone(&sink),
                     panicked: Box::new(ends_vm(shared)),
+                    span: shared.span.clone(),
                 };
                 let link = Link::start(config, Arc::clone(slot), reports);
                 links.push(link.map_err(|source| BuildError::Backend {
@@ -528,7 +533,8 @@ impl VmBuilder {
                 (kind::CONSOLE, Some(output)) => {
                     let bytes = Arc::new(Input::new()?);
                     input = Some(Arc::clone(&bytes));
-                    let output = OutputThread::new(Arc::clone(output), ends_vm(shared))?;
+                    let (output, span) = (Arc::clone(output), shared.span.clone());
+                    let output = OutputThread::new(output, ends_vm(shared), span)?;
                     let console = Console::new(endpoint.clone(), output, bytes);
                     (Box::new(console), console::offer())
                 }

@@ -125,8 +125,9 @@ impl VmHandle {
     /// [`VmError::Ended`] if it has ended, [`VmError::Timeout`] if a vCPU does not react; it runs on
     /// then.
     pub fn pause(&self) -> Result<(), VmError> {
-        let _one = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &self.shared;
+        let _span = tracing::debug_span!(parent: &shared.span, "pause").entered();
+        let _one = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
         let accel = shared.accel.get();
         shared.turns.want_pause();
         let frozen = accel.map_or(Ok(false), |a| a.freeze());
@@ -310,6 +311,7 @@ impl Drop for VmHandle {
 fn watch_boot(shared: &Arc<Shared>, deadline: Duration) -> io::Result<JoinHandle<()>> {
     let shared = Arc::clone(shared);
     let watch = move || {
+        let _vm = shared.span.enter();
         let mut left = deadline;
         loop {
             let (since, paused) = (Instant::now(), shared.turns.pause_wanted());

@@ -46,6 +46,8 @@ pub(super) struct Shared {
     /// How long after that the guest negotiated.
     pub(super) negotiated_after: OnceLock<Duration>,
     pub(super) exited: EventFd,
+    /// What all of this VM's spans and events are in, on whichever thread.
+    pub(super) span: tracing::Span,
     /// The vCPU threads, in order.
     pub(super) threads: Mutex<Vec<JoinHandle<()>>>,
     /// By vCPU: a kick is on its way that the thread has not seen yet.
@@ -67,6 +69,15 @@ pub(super) struct SharedParts {
     pub(super) kick_signal: Option<libc::c_int>,
     pub(super) began: Instant,
     pub(super) exited: EventFd,
+    pub(super) span: tracing::Span,
+}
+
+/// The span of a new VM, which has a number of its own in this process.
+pub(super) fn new_span() -> tracing::Span {
+    static VMS: AtomicU64 = AtomicU64::new(0);
+    // Ordering: nothing but a number.
+    let vm = VMS.fetch_add(1, Ordering::Relaxed);
+    tracing::debug_span!("vm", vm)
 }
 
 impl Shared {
@@ -89,6 +100,7 @@ impl Shared {
             began: parts.began,
             negotiated_after: OnceLock::new(),
             exited: parts.exited,
+            span: parts.span,
             threads: Mutex::default(),
             kicked: (0..parts.vcpus).map(|_| AtomicBool::new(false)).collect(),
             reason: Mutex::new(None),
@@ -115,8 +127,7 @@ impl Shared {
             if slot.is_some() {
                 return;
             }
-            tracing::debug!(%reason, "the VM ends");
-            *slot = Some(reason);
+            *slot = Some(reason.clone());
         }
         self.turns.stop();
         if let Some(accel) = self.accel.get() {
@@ -124,6 +135,12 @@ impl Shared {
         }
         self.kick();
         let _ = signal(&self.exited);
+        // Last, with nothing locked: the embedder's subscriber may ask the handle, or panic. Where
+        // something panics already, a second panic would end the process.
+        if !std::thread::panicking() {
+            let _vm = self.span.enter();
+            tracing::debug!(%reason, "the VM ends");
+        }
     }
 
     /// Makes every vCPU thread look at what is wanted of it.

@@ -62,7 +62,10 @@ fn spawn(
     let own = Arc::clone(shared);
     std::thread::Builder::new()
         .name(format!("pv-vcpu{index}"))
-        .spawn(move || vcpu::main(&own, index, make))
+        .spawn(move || {
+            let _vm = own.span.enter();
+            vcpu::main(&own, index, make);
+        })
 }
 
 /// Blocks a signal in this thread until dropped, unless it was blocked before.

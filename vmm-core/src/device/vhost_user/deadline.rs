@@ -22,7 +22,9 @@ impl Deadline {
         let (sender, dropped) = mpsc::channel();
         let stream = stream.try_clone()?;
         let thread = std::thread::Builder::new().name("pv-deadline".into());
+        let span = tracing::Span::current();
         let thread = thread.spawn(move || {
+            let _of_caller = span.entered();
             if let Err(RecvTimeoutError::Timeout) = dropped.recv_timeout(limit) {
                 tracing::debug!(?limit, "a backend did not answer in time");
                 let _ = stream.shutdown(Shutdown::Both);

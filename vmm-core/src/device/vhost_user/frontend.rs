@@ -58,6 +58,7 @@ impl VhostUser {
         stream: UnixStream,
         model: Arc<dyn Model>,
     ) -> io::Result<(VhostUser, Offer, Option<Notices>)> {
+        let _span = tracing::debug_span!("handshake").entered();
         let _deadline = Deadline::start(&stream, BACKEND_DEADLINE)?;
         let kept = stream.try_clone()?;
         let mut frontend = Frontend::from_stream(stream, u64::from(model.queues()));

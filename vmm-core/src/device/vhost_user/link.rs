@@ -41,6 +41,8 @@ pub(crate) struct Reports {
     pub(crate) events: EventSink,
     /// Called if the embedder's event sink panics.
     pub(crate) panicked: Box<dyn FnOnce() + Send>,
+    /// The VM's.
+    pub(crate) span: tracing::Span,
 }
 
 /// The thread that keeps one backend.
@@ -152,6 +154,7 @@ impl Link {
             counters,
             events,
             panicked,
+            span,
         } = reports;
         let keeper = Keeper {
             config,
@@ -165,6 +168,7 @@ impl Link {
         let thread = std::thread::Builder::new()
             .name("pv-backend".into())
             .spawn(move || {
+                let _vm = span.entered();
                 let _guard = OnPanic(Some(panicked));
                 keeper.run(&sender);
             })?;

@@ -32,9 +32,11 @@ impl BackendThread {
         let (ours, theirs) = UnixStream::pair()?;
         let stream = Arc::new(theirs.try_clone()?);
         let (guard, serve) = (HangUp(Arc::clone(&stream)), Arc::clone(serve));
+        let span = tracing::Span::current();
         let thread = std::thread::Builder::new()
             .name("pv-in-process".into())
             .spawn(move || {
+                let _of_caller = span.entered();
                 let _guard = guard;
                 serve(theirs)
             })?;
