@@ -1,8 +1,9 @@
 //! What a subscriber of the embedder's sees of several VMs, and what it may do meanwhile.
 
-use paravane_tests::{accels, blank_image, disk, patience, suite_vm, wait_until};
+use paravane_tests::{accels, blank_image, children_of, disk, patience, suite_vm, wait_until};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::AssertUnwindSafe;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use tracing::field::{Field, Visit};
@@ -10,8 +11,8 @@ use tracing::span::{Attributes, Id};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::{LookupSpan, SpanRef};
-use vmm_core::VmHandle;
 use vmm_core::pv_abi::call::number;
+use vmm_core::{Accel, ExitReason, Violation, VmHandle};
 
 /// What all tests of this file have in common: there is one subscriber in a process.
 #[derive(Default)]
@@ -184,6 +185,21 @@ fn a_subscriber_may_ask_the_vm_and_may_panic() {
             let reason = vm.wait_timeout(patience(60)).expect("it did not end");
             assert_eq!(reason.code(), Some(42), "{accel}");
             drop(vm);
+            // And on the one that waits for a guest's process.
+            if accel == Accel::Process {
+                let vm = suite_vm("life.spin", accel).unwrap();
+                let vm = vm.build().unwrap().run().unwrap();
+                for pid in children_of(std::process::id()) {
+                    let killed = Command::new("kill").args(["-9", &pid.to_string()]).status();
+                    assert!(killed.unwrap().success());
+                }
+                let reason = vm.wait_timeout(patience(60)).expect("it did not end");
+                let ended = matches!(
+                    reason,
+                    ExitReason::Violation(Violation::ProcessEnded { .. })
+                );
+                assert!(ended, "{reason:?}");
+            }
             seen.panics.store(false, Ordering::Release);
         }
     }

@@ -139,6 +139,7 @@ impl Turns {
         self.wants(Want::Stop)
     }
 
+    #[cfg_attr(loom, allow(dead_code))]
     pub(super) fn pause_wanted(&self) -> bool {
         self.wants(Want::Pause)
     }

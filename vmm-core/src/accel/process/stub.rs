@@ -182,7 +182,7 @@ impl Drop for Stub {
     fn drop(&mut self) {
         self.watch.ending.store(true, Ordering::Release);
         if let Ok(pidfd) = self.watch.process() {
-            let _ = supervisor::signal(&pidfd, libc::SIGKILL);
+            let _ = crate::pidfd::signal(&pidfd, libc::SIGKILL);
         }
         // The supervisor itself may hold the last reference, for the moment of a report.
         if let Some(supervisor) = self.supervisor.take()

@@ -13,10 +13,11 @@ use super::stub::message;
 use super::watch::Watch;
 use super::{spawn, wire};
 use crate::fault::{Registers, Violation};
+use crate::pidfd::signal;
 use pv_abi::layout::vcpu_page;
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
@@ -156,21 +157,15 @@ impl Tracer {
             // Sent by somebody, not raised by an instruction.
             Some(found) if found.code <= 0 => self.request(libc::PTRACE_CONT, tid, signal),
             found => {
-                if let Some(guest) = watch.armed()
-                    && let Some(reporter) = guest.reporter.upgrade()
-                {
+                if let Some(guest) = watch.armed() {
                     let signal = found.unwrap_or(Signal {
                         number: signal,
                         ..Default::default()
                     });
-                    match blame(
-                        self.vcpu_of(tid, guest.vcpus),
-                        &signal,
-                        &guest.memory,
-                        false,
-                    ) {
-                        Ok(fault) => reporter.fault(fault),
-                        Err(violation) => reporter.violation(violation),
+                    let vcpu = self.vcpu_of(tid, guest.vcpus);
+                    match blame(vcpu, &signal, &guest.memory, false) {
+                        Ok(fault) => guest.tell(|reporter| reporter.fault(fault)),
+                        Err(violation) => guest.tell(|reporter| reporter.violation(violation)),
                     }
                 }
                 self.end();
@@ -265,25 +260,5 @@ fn how_ended(status: libc::c_int) -> Violation {
         signal => Violation::ProcessEnded {
             how: format!("signal {signal}"),
         },
-    }
-}
-
-/// Sends a signal to the process behind a pidfd.
-pub(super) fn signal(pidfd: &OwnedFd, signal: libc::c_int) -> io::Result<()> {
-    let none = std::ptr::null::<libc::siginfo_t>();
-    // SAFETY: a pidfd names its process for good, dead or alive.
-    let r = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal,
-            none,
-            0,
-        )
-    };
-    if r == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }

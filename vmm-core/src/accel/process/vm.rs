@@ -6,7 +6,7 @@ use super::vcpu::{ProcessVcpu, start_guest};
 use super::waiting::Waiting;
 use super::watch::Guest;
 use super::wire::{self, MAX_MAPS, Map, Setup};
-use super::{filter, gate, handoff, page, supervisor};
+use super::{filter, gate, handoff, page};
 use crate::accel::{
     AccelError, AccelInput, AccelVm, Parts, Reporter, SandboxReport, StartState, Vcpu,
 };
@@ -14,6 +14,7 @@ use crate::image::Access;
 use crate::limits::VCPU_KICK_TIMEOUT;
 use crate::memory::map::Source;
 use crate::memory::{GuestMemory, Region};
+use crate::pidfd;
 use crate::vm::events::{EventTable, signal};
 use pv_abi::layout::{
     GATE_BASE, GUEST_PHYS_END, VCPU_PAGES_BASE, VCPU_PAGES_LEN, VMM_BASE, vcpu_page,
@@ -374,7 +375,7 @@ impl AccelVm for ProcessVm {
 
     fn freeze(&self) -> io::Result<bool> {
         if self.stub.watch.want_stop(true) {
-            match supervisor::signal(&self.pidfd, libc::SIGSTOP) {
+            match pidfd::signal(&self.pidfd, libc::SIGSTOP) {
                 Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(true),
                 other => other?,
             }
@@ -391,7 +392,7 @@ impl AccelVm for ProcessVm {
         if !self.stub.watch.want_stop(false) {
             return Ok(());
         }
-        match supervisor::signal(&self.pidfd, libc::SIGCONT) {
+        match pidfd::signal(&self.pidfd, libc::SIGCONT) {
             Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
             other => other,
         }
@@ -403,7 +404,7 @@ impl AccelVm for ProcessVm {
 
     fn kill(&self) {
         self.stub.watch.ending.store(true, Ordering::Release);
-        let _ = supervisor::signal(&self.pidfd, libc::SIGKILL);
+        let _ = pidfd::signal(&self.pidfd, libc::SIGKILL);
     }
 
     fn shows_host_tsc(&self) -> bool {

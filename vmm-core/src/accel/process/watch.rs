@@ -14,6 +14,7 @@ use crate::memory::GuestMemory;
 use pv_abi::layout::{VMM_BASE, vcpu_page};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -23,6 +24,26 @@ pub(super) struct Guest {
     pub(super) memory: Arc<GuestMemory>,
     pub(super) vcpus: u32,
     pub(super) reporter: Weak<dyn Reporter>,
+}
+
+impl Guest {
+    /// Tells the VM, unless it is gone. What panics in there is the embedder's, a subscriber or the
+    /// destructor of a handler: the supervisor, which does this, has more to do.
+    pub(super) fn tell(&self, what: impl FnOnce(&dyn Reporter)) {
+        let told = catch_unwind(AssertUnwindSafe(|| {
+            if let Some(reporter) = self.reporter.upgrade() {
+                what(&*reporter);
+            }
+        }));
+        if told.is_err() {
+            // Does nothing where the first has come to its reason.
+            let _ = catch_unwind(AssertUnwindSafe(|| {
+                if let Some(reporter) = self.reporter.upgrade() {
+                    reporter.host_error(io::Error::other("code of the embedder's panicked"));
+                }
+            }));
+        }
+    }
 }
 
 /// What the supervisor shares with the VM.
@@ -143,10 +164,10 @@ impl Watch {
         // Why first: who sees that it is gone may ask at once.
         if armed
             && !self.ending.load(Ordering::Acquire)
-            && let Some(reporter) = guest.as_ref().and_then(|g| g.reporter.upgrade())
+            && let Some(guest) = &guest
         {
             // First reason counts: a fault that was reported before stays the reason.
-            reporter.violation(how);
+            guest.tell(|reporter| reporter.violation(how));
         }
         self.gone.store(true, Ordering::Release);
         if let Some(guest) = guest {
