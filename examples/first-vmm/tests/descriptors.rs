@@ -41,6 +41,7 @@ fn budget(accel: Accel, shape: Shape) -> usize {
         + 2
         + 7 * blocks
         + 4 * shape.in_process
+        + (blocks - shape.in_process)
         + 2 * usize::from(shape.console);
     common
         + match accel {
