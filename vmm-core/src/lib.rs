@@ -39,6 +39,19 @@
 //! | `vm` | building, running, calls, statistics |
 //! | `fault` | why a guest ended and who is to blame |
 
+// Somebody else's process is what this runs in.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::print_stdout,
+        clippy::print_stderr,
+        clippy::exit,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic
+    )
+)]
+
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("vmm-core runs on Linux on x86-64");
 
