@@ -2,6 +2,7 @@
 
 use super::poll::AdaptivePoll;
 use super::request::{HEADER_LEN, LIFETIME_LEN, Request};
+use super::thread::Stop;
 use super::{Counters, Disk};
 use crate::engine::{Engine, FailedEngine, Finished, Operation, Token, Wake, WakeSources};
 use crate::limits::{MAX_BATCH, MAX_HOLD_MILLIS, MAX_IN_FLIGHT, MAX_UNPUBLISHED_BYTES};
@@ -12,7 +13,6 @@ use crate::stats::{Kind, Measure, QueueStats};
 use pv_abi::virtio::block::{feature, status};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 
@@ -116,14 +116,14 @@ impl Worker {
         }
     }
 
-    /// Serves the ring until the stop event; everything that was taken is completed then, or stays in
-    /// the ring's log if `leaving` is set.
-    pub(super) fn run(mut self, wake: WakeSources<'_>, leaving: &AtomicBool) -> QueueStop {
+    /// Serves the ring until it is asked to stop; everything that was taken is completed then, or
+    /// stays in the ring's log if it may.
+    pub(super) fn run(mut self, wake: WakeSources<'_>, stop: &Stop) -> QueueStop {
         self.with_stats(QueueStats::clear_in_flight);
-        if let Err(error) = self.serve(leaving) {
-            self.engine_failed(&error, wake, leaving);
+        if let Err(error) = self.serve(stop) {
+            self.engine_failed(&error, wake, stop);
         }
-        let stop = QueueStop {
+        let stopped = QueueStop {
             ring: self.ring.save(),
             retired: self.ring.retired(),
         };
@@ -132,19 +132,19 @@ impl Worker {
         if let Some(stats) = self.disk.stats.queue(self.index) {
             stats.clear_in_flight();
         }
-        stop
+        stopped
     }
 
     /// The engine itself failed, not a request. What it had in flight is an I/O error, and so is
     /// everything after it, until the frontend starts the queue anew.
-    fn engine_failed(&mut self, error: &io::Error, wake: WakeSources<'_>, leaving: &AtomicBool) {
+    fn engine_failed(&mut self, error: &io::Error, wake: WakeSources<'_>, stop: &Stop) {
         tracing::error!(%error, "a block queue's engine failed; its requests fail from now on");
         Counters::add(&self.disk.counters.host_errors, 1);
         self.err.signal();
         // The old one waits for what the host still works on.
         self.engine = Box::new(FailedEngine::new(wake));
         self.fail_pending();
-        if let Err(error) = self.serve(leaving) {
+        if let Err(error) = self.serve(stop) {
             tracing::error!(%error, "block queue stopped");
         }
     }
@@ -161,7 +161,7 @@ impl Worker {
         self.publish();
     }
 
-    fn serve(&mut self, leaving: &AtomicBool) -> io::Result<()> {
+    fn serve(&mut self, stop: &Stop) -> io::Result<()> {
         loop {
             // First, so that the engine knows what the host still has when it gets more.
             let wake = self.engine.reap(&mut self.finished)?;
@@ -169,8 +169,11 @@ impl Worker {
             if wake.stop {
                 break;
             }
-            let took = self.take()?;
+            let took = self.take(stop)?;
             self.publish();
+            if stop.is_asked() {
+                break;
+            }
             if took == MAX_BATCH {
                 // More is likely there; the host should work on this meanwhile.
                 self.engine.submit()?;
@@ -198,8 +201,7 @@ impl Worker {
                 break;
             }
         }
-        // Ordering: Relaxed, it was set before the stop event.
-        let may_leave = leaving.load(Ordering::Relaxed) && self.ring.is_logged();
+        let may_leave = stop.may_leave() && self.ring.is_logged();
         while self.engine.in_flight() > 0 && !(may_leave && self.engine.abandon()) {
             self.engine.wait(&mut self.finished)?;
             self.publish();
@@ -255,12 +257,12 @@ impl Worker {
         }
     }
 
-    /// Takes up to a batch of chains and begins them. How many there were.
-    fn take(&mut self) -> io::Result<usize> {
+    /// Takes up to a batch of chains and begins them, until it is asked to stop. How many there were.
+    fn take(&mut self, stop: &Stop) -> io::Result<usize> {
         let mut took = 0;
         let mut began = 0;
         self.hold = None;
-        while took < MAX_BATCH {
+        while took < MAX_BATCH && !stop.is_asked() {
             let Some(token) = self.free.pop() else { break };
             self.hold = self.disk.limiter.delay();
             if self.hold.is_some() {
