@@ -49,8 +49,9 @@ pub const QUEUE_DESCRIPTORS: u64 = 9;
 pub const DEVICE_DESCRIPTORS: u64 = 5 + MAX_TABLE_REGIONS as u64;
 /// Milliseconds before a connection is taken again where the process has no room for one.
 pub const ACCEPT_RETRY_MILLIS: u64 = 50;
-/// Seconds that a frontend may take to confirm what a device tells it.
-pub const BACKEND_ACK_TIMEOUT_SECS: u64 = 10;
+/// Seconds that a frontend may take to confirm what a device tells it: whoever asked for the change
+/// waits as long, and a take-over that is asked for meanwhile.
+pub const BACKEND_ACK_TIMEOUT_SECS: u64 = 1;
 /// Requests or bytes per second that a limit can be set to: far beyond any disk, and small enough
 /// that a burst's time is exact in nanoseconds.
 pub const MAX_RATE: u64 = 1 << 50;

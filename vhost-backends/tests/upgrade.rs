@@ -237,13 +237,17 @@ fn a_session_goes_over_with_all_that_it_has() {
             let at = (800 + round as usize * 8) * 512;
             assert!(image[at..at + BLOCK as usize] == pattern(round, BLOCK as usize));
         }
-        // The backend's channel leads to the frontend as before.
+        // An image that grew by itself stays as large as the frontend knows it until it is asked to
+        // look, and the backend's channel leads to the frontend as before.
         File::options()
             .write(true)
             .open(&site.disk.image)
             .unwrap()
             .set_len(32 * MIB)
             .unwrap();
+        let next = site.take_over(&[]);
+        assert_eq!(serving.wait().0, Some(0));
+        serving = next;
         std::thread::scope(|scope| {
             let resize = scope.spawn(|| http(&site.control, "PUT", "/disks/disk0/resize", ""));
             let mut head = [0; 12];
@@ -251,7 +255,11 @@ fn a_session_goes_over_with_all_that_it_has() {
             let mut reply = [2u32, 1 | 4, 8].map(u32::to_ne_bytes).concat();
             reply.extend([0; 8]);
             ours.write_all(&reply).unwrap();
-            assert!(resize.join().unwrap().1.contains("the frontend was told"));
+            let said = resize.join().unwrap().1;
+            assert!(
+                said.contains("became 65536; the frontend was told"),
+                "{said}"
+            );
         });
         // And the ring stands where the frontend thinks it does.
         let base = front.stop().unwrap();

@@ -123,6 +123,12 @@ pub(super) fn space(disk: &Disk, options: &BlockOptions) -> Vec<u8> {
     [config.as_bytes(), erase.as_bytes()].concat()
 }
 
+/// Sectors that this configuration space tells of.
+pub(super) fn capacity_in(space: &[u8]) -> Option<u64> {
+    let bytes = space.get(offset_of!(Config, capacity)..)?.first_chunk()?;
+    Some(u64::from_le_bytes(*bytes))
+}
+
 /// The write to configuration space that chooses this.
 pub(super) fn write_of(writeback: bool) -> Option<(u32, Vec<u8>)> {
     let offset = u32::try_from(offset_of!(Config, writeback)).ok()?;

@@ -211,6 +211,15 @@ impl Device for BlockDevice {
             .collect()
     }
 
+    fn resume_config(&self, told: &[u8]) -> bool {
+        // A disk that grew is as large as the frontend knows it, until somebody asks it to look.
+        if let Some(capacity) = config::capacity_in(told) {
+            // Ordering: Relaxed, as in `Disk::capacity`.
+            self.disk.capacity.fetch_min(capacity, Ordering::Relaxed);
+        }
+        self.config() == told
+    }
+
     fn set_frontend(&self, frontend: Option<Arc<FrontendLink>>) {
         *self.frontend.lock().unwrap_or_else(PoisonError::into_inner) = frontend;
     }

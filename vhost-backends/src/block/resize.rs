@@ -58,8 +58,9 @@ impl fmt::Display for Resized {
 
 impl BlockDevice {
     /// Looks at the store's size again. If it grew, the capacity does, and the frontend is told, as
-    /// it is of a growth that it could not be told of before; which may take [`crate::limits::BACKEND_ACK_TIMEOUT_SECS`]. Not to be called from a thread
-    /// that serves this device's session.
+    /// it is of a growth that it could not be told of before; which may take
+    /// [`crate::limits::BACKEND_ACK_TIMEOUT_SECS`]. Not to be called from a thread that serves this
+    /// device's session.
     pub fn resize(&self) -> Result<Resized, ResizeRefused> {
         let now = sectors(self.disk.store.geometry());
         // Ordering: Relaxed, as in `Disk::capacity`.

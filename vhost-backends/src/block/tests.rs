@@ -373,7 +373,21 @@ fn capacity_follows_the_file_when_asked_to() {
     assert_eq!(device.config()[0], 8);
     assert_eq!(look(&device), Ok((8, 16, false)), "nobody to tell");
     assert_eq!(device.config()[0], 16);
+    // The next process goes on with what this one told, and not with less than that.
+    let told = device.config();
+    std::fs::write(&path, vec![0; 16384]).unwrap();
+    let open = || RawFile::open(&path, crate::engine::FileOptions::default()).unwrap();
+    let next = BlockDevice::new(open(), BlockOptions::with_queues(1));
+    assert_eq!(next.config()[0], 32);
+    assert!(next.resume_config(&told));
+    assert_eq!(next.config(), told);
+    assert_eq!(look(&next), Ok((16, 32, false)));
+    for other in [&[][..], &told[..7], &told[..40]] {
+        assert!(!next.resume_config(other));
+    }
     std::fs::write(&path, vec![0; 512]).unwrap();
+    let smaller = BlockDevice::new(open(), BlockOptions::with_queues(1));
+    assert!(!smaller.resume_config(&told));
     assert_eq!(look(&device), Err(ResizeRefused { now: 1, told: 16 }));
     assert_eq!(device.config()[0], 16);
 }

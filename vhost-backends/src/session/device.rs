@@ -38,6 +38,12 @@ pub trait Device: Send + Sync {
         Vec::new()
     }
 
+    /// Goes on with the configuration that another process has told the frontend, as far as that can
+    /// differ from this device's own. Whether it is the device that the frontend knows.
+    fn resume_config(&self, told: &[u8]) -> bool {
+        self.config() == told
+    }
+
     /// Whether its queues and the guest's memory are reached through [`QueueSetup::ring`] and its
     /// chains alone. Then the session also offers what the ring does by itself: packed rings, the
     /// in-flight log and the dirty log.

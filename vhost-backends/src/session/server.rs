@@ -112,7 +112,7 @@ impl Server {
             Err(refusal) if !concerns_one_session(refusal) => {
                 Err(format!("its state cannot be taken up: {refusal}"))
             }
-            _ if self.device.config() != config => {
+            _ if !self.device.resume_config(&config) => {
                 Err("the device is not the one that the frontend knows".into())
             }
             _ => Ok(()),
