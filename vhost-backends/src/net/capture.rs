@@ -174,3 +174,30 @@ fn packet(out: &mut Vec<u8>, frame: &Frame<'_>, direction: Direction) {
         option(out, 0, &[]);
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pv_abi::virtio::net::Header;
+    use vm_memory::VolatileSlice;
+
+    #[test]
+    fn what_a_slow_reader_leaves_is_bounded() {
+        const LEN: usize = 60_000;
+        let (client, _reader) = UnixStream::pair().unwrap();
+        client.set_nonblocking(true).unwrap();
+        let capture = Capture::default();
+        capture.start(client, "a").unwrap();
+        let mut bytes = vec![0; LEN];
+        let pieces = [VolatileSlice::from(&mut bytes[..])];
+        // Several times what the backlog and any socket's buffer take.
+        for _ in 0..300 {
+            let frame = Frame::new(Header::default(), &pieces, LEN);
+            capture.frame(&frame, Direction::ToGuest);
+        }
+        let backlog = capture.lock().as_ref().unwrap().backlog.len();
+        assert!(backlog > MAX_CAPTURE_BACKLOG, "{backlog}");
+        assert!(backlog < MAX_CAPTURE_BACKLOG + 2 * LEN, "{backlog}");
+        assert!(capture.is_on());
+    }
+}

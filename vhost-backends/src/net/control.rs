@@ -300,3 +300,34 @@ fn table(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
         .checked_mul(6)?;
     rest.split_at_checked(len)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::{RingConfig, SplitRing};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    #[test]
+    fn a_command_at_the_limit_and_one_past_it() {
+        for (len, fits) in [(MAX_CONTROL_BYTES, true), (MAX_CONTROL_BYTES + 1, false)] {
+            let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+            let (avail, data) = (GuestAddress(0x1000), 0x4000u64);
+            mem.write_obj(data, GuestAddress(0)).unwrap();
+            mem.write_obj(len as u32, GuestAddress(8)).unwrap();
+            mem.write_obj(1u16, GuestAddress(avail.0 + 2)).unwrap();
+            let mem = Arc::new(mem);
+            let config = RingConfig {
+                size: 1,
+                desc: GuestAddress(0),
+                avail,
+                used: GuestAddress(0x2000),
+                event_idx: false,
+                indirect: false,
+            };
+            let mut ring = SplitRing::new(config, Arc::clone(&mem)).unwrap();
+            let chain = ring.pop().unwrap().unwrap();
+            let command = read(&chain, &mem).map(|bytes| bytes.len() as u64);
+            assert_eq!(command, fits.then_some(len));
+        }
+    }
+}

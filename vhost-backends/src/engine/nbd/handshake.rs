@@ -184,3 +184,24 @@ fn u32_at(data: &[u8], at: usize) -> Option<u32> {
 fn u16_at(data: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(data.get(at..at + 2)?.try_into().ok()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_at_the_limit_and_one_past_it() {
+        for (len, fits) in [(MAX_NBD_OPTION, true), (MAX_NBD_OPTION + 1, false)] {
+            let mut bytes = REPLY_MAGIC.to_be_bytes().to_vec();
+            for word in [OPT_GO, REP_INFO, len] {
+                bytes.extend(word.to_be_bytes());
+            }
+            bytes.resize(bytes.len() + len as usize, 7);
+            match read_reply(&mut &bytes[..]) {
+                Ok((REP_INFO, data)) => assert!(fits && data == vec![7; len as usize]),
+                Err(NbdError::Protocol("a reply that is too long")) => assert!(!fits),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}

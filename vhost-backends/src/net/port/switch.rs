@@ -414,6 +414,29 @@ mod tests {
         assert!(port.learning.delay().is_some());
     }
 
+    #[test]
+    fn a_batch_teaches_few_addresses() {
+        let switch = Arc::new(Switch::default());
+        let (port, _device) = joined(&switch, 1);
+        let mut batch: Vec<[u8; 60]> = (0..2 * MAX_LEARNED as u8)
+            .map(|i| {
+                let mut bytes = [0; 60];
+                bytes[..12].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 4, 0, 0, 0, i]);
+                bytes
+            })
+            .collect();
+        let pieces: Vec<_> = batch
+            .iter_mut()
+            .map(|bytes| [VolatileSlice::from(&mut bytes[..])])
+            .collect();
+        let frames: Vec<_> = pieces
+            .iter()
+            .map(|pieces| Frame::new(Header::default(), pieces, 60))
+            .collect();
+        port.send(0, &frames);
+        assert_eq!(switch.state.read().unwrap().counts[port.index], MAX_LEARNED);
+    }
+
     /// As many addresses as a port may have, and a few more.
     fn claim(switch: &Switch, port: usize, now: u32) {
         for i in 0..MAX_STATIONS_PER_PORT as u16 + 8 {

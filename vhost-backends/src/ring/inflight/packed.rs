@@ -243,3 +243,46 @@ impl PackedLog {
         self.queue.put(AT_USED, u64::from_le_bytes(bytes));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::InflightLog;
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_step_under_way_counts_if_the_driver_can_see_it() {
+        const SIZE: u16 = 8;
+        let desc = LoggedDesc {
+            addr: 0x1000,
+            len: 16,
+            id: 5,
+            flags: 0,
+        };
+        for published in [false, true] {
+            let file = tempfile::tempfile().unwrap();
+            let len = InflightLog::len_for(1, SIZE);
+            file.set_len(len).unwrap();
+            let log = Arc::new(InflightLog::map(file, 0, len, 1, SIZE).unwrap());
+            let open = || {
+                PackedLog::open(log.queue(0).unwrap(), SIZE, (0, true), |old| {
+                    assert_eq!(old, (0, true), "what the step began with");
+                    published
+                })
+                .unwrap()
+            };
+            let (mut first, new) = open();
+            assert!(new.is_none());
+            let head = first.taken(&[desc]).unwrap();
+            first.giving_back(head, (1, true));
+            // Here it is killed.
+            let recovered = open().1.unwrap();
+            let (used, chains) = if published {
+                ((1, true), vec![])
+            } else {
+                ((0, true), vec![(head, vec![desc])])
+            };
+            assert_eq!((recovered.used, recovered.chains), (used, chains));
+        }
+    }
+}

@@ -117,6 +117,15 @@ fn registers_are_checked() {
     for size in [1, 2, MAX_RING_SIZE] {
         assert_eq!(make(RingConfig { size, ..good }), Ok(()));
     }
+    // A packed ring's size need not be a power of two.
+    let make_packed = |size| PackedRing::new(RingConfig { size, ..good }, driver.mem.clone());
+    for size in [0, MAX_RING_SIZE + 1, MAX_RING_SIZE * 2] {
+        let refused = make_packed(size).map(|_| ());
+        assert_eq!(refused, Err(RingError::BadSize(size)));
+    }
+    for size in [1, 3, MAX_RING_SIZE] {
+        assert_eq!(make_packed(size).map(|_| ()), Ok(()));
+    }
     let desc = GuestAddress(DESC + 8);
     assert!(matches!(
         make(RingConfig { desc, ..good }),
