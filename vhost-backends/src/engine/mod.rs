@@ -190,6 +190,11 @@ pub trait Engine {
     }
 }
 
+/// What [`Engine::start`] gives where this says whether the operation is over already.
+fn started(over: io::Result<bool>) -> Option<io::Result<()>> {
+    over.map(|over| over.then_some(())).transpose()
+}
+
 /// Events that end an engine's wait.
 #[derive(Clone, Copy, Debug)]
 pub struct WakeSources<'f> {

@@ -5,7 +5,7 @@
 
 use super::sleep::Sleeper;
 use super::transfer::chain_error;
-use super::{Engine, Finished, Geometry, Operation, Store, Token, Wake, WakeSources};
+use super::{Engine, Finished, Geometry, Operation, Store, Token, Wake, WakeSources, started};
 use crate::limits::{MAX_IN_FLIGHT, MAX_POOL_BYTES, POOL_THREADS};
 use crate::readiness::Event;
 use crate::ring::OwnedChain;
@@ -329,11 +329,7 @@ fn perform(disk: &dyn BlockingDisk, work: Work) -> io::Result<Option<Vec<u8>>> {
 
 impl Engine for PoolEngine {
     fn start(&mut self, token: Token, operation: Operation<'_>) -> Option<io::Result<()>> {
-        match self.start_inner(token, operation) {
-            Ok(true) => Some(Ok(())),
-            Ok(false) => None,
-            Err(error) => Some(Err(error)),
-        }
+        started(self.start_inner(token, operation))
     }
 
     fn submit(&mut self) -> io::Result<()> {

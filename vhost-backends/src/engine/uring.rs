@@ -15,7 +15,7 @@ use super::buffer::AlignedBuffer;
 use super::file::{ZERO_CHUNK, is_unsupported};
 use super::sleep::Sleeper;
 use super::transfer::{Direction, Transfer, chain_error};
-use super::{Engine, Finished, Operation, RawFile, Token, Wake, WakeSources};
+use super::{Engine, Finished, Operation, RawFile, Token, Wake, WakeSources, started};
 use crate::limits::{MAX_IN_FLIGHT, MAX_POLLS};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::io;
@@ -422,11 +422,7 @@ fn transfer_entry(transfer: &Transfer) -> squeue::Entry {
 
 impl Engine for UringEngine {
     fn start(&mut self, token: Token, operation: Operation<'_>) -> Option<io::Result<()>> {
-        match self.start_inner(token, operation) {
-            Ok(true) => Some(Ok(())),
-            Ok(false) => None,
-            Err(error) => Some(Err(error)),
-        }
+        started(self.start_inner(token, operation))
     }
 
     fn submit(&mut self) -> io::Result<()> {

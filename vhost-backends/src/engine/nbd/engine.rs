@@ -4,7 +4,7 @@ use super::NbdStore;
 use super::redial::try_once;
 use crate::engine::sleep::Sleeper;
 use crate::engine::transfer::{Direction, Transfer, chain_error};
-use crate::engine::{Engine, Finished, Operation, Token, Wake, WakeSources};
+use crate::engine::{Engine, Finished, Operation, Token, Wake, WakeSources, started};
 use crate::limits::{MAX_IN_FLIGHT, NBD_REDIAL_MILLIS, NBD_SILENCE_SECS, NBD_STOP_SECS};
 use crate::session::quota::PEER_LINES;
 use std::collections::VecDeque;
@@ -550,11 +550,7 @@ impl NbdEngine {
 
 impl Engine for NbdEngine {
     fn start(&mut self, token: Token, operation: Operation<'_>) -> Option<io::Result<()>> {
-        match self.start_inner(token, operation) {
-            Ok(true) => Some(Ok(())),
-            Ok(false) => None,
-            Err(error) => Some(Err(error)),
-        }
+        started(self.start_inner(token, operation))
     }
 
     fn submit(&mut self) -> io::Result<()> {
