@@ -192,32 +192,12 @@ fn conditional() -> Result<Rules, BackendError> {
         // How long the backend's own channel to a frontend is waited for.
         (
             libc::SYS_setsockopt,
-            [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO]
-                .into_iter()
-                .map(|option| {
-                    let level = libc::SOL_SOCKET.cast_unsigned().into();
-                    let option = option.cast_unsigned().into();
-                    SeccompRule::new(vec![
-                        is(1, SeccompCmpOp::Eq, level)?,
-                        is(2, SeccompCmpOp::Eq, option)?,
-                    ])
-                })
-                .collect::<Result<_, _>>()?,
+            socket_options(&[libc::SO_RCVTIMEO, libc::SO_SNDTIMEO])?,
         ),
         // Whether a socket that another daemon hands over is one.
         (
             libc::SYS_getsockopt,
-            [libc::SO_DOMAIN, libc::SO_TYPE, libc::SO_ACCEPTCONN]
-                .into_iter()
-                .map(|option| {
-                    let level = libc::SOL_SOCKET.cast_unsigned().into();
-                    let option = option.cast_unsigned().into();
-                    SeccompRule::new(vec![
-                        is(1, SeccompCmpOp::Eq, level)?,
-                        is(2, SeccompCmpOp::Eq, option)?,
-                    ])
-                })
-                .collect::<Result<_, _>>()?,
+            socket_options(&[libc::SO_DOMAIN, libc::SO_TYPE, libc::SO_ACCEPTCONN])?,
         ),
         // A thread's name.
         (
@@ -225,6 +205,18 @@ fn conditional() -> Result<Rules, BackendError> {
             each(0, vec![u64::from(libc::PR_SET_NAME.cast_unsigned())])?,
         ),
     ])
+}
+
+/// Calls on one of these options of any socket.
+fn socket_options(options: &[libc::c_int]) -> Result<Vec<SeccompRule>, BackendError> {
+    let level = libc::SOL_SOCKET.cast_unsigned().into();
+    let rule = |option: &libc::c_int| {
+        SeccompRule::new(vec![
+            is(1, SeccompCmpOp::Eq, level)?,
+            is(2, SeccompCmpOp::Eq, option.cast_unsigned().into())?,
+        ])
+    };
+    options.iter().map(rule).collect()
 }
 
 fn is(argument: u8, op: SeccompCmpOp, value: u64) -> Result<SeccompCondition, BackendError> {
