@@ -54,6 +54,7 @@ global_asm!(
 mod nr {
     pub const CLOSE: usize = 3;
     pub const MMAP: usize = 9;
+    pub const MADVISE: usize = 28;
     pub const RT_SIGACTION: usize = 13;
     pub const RT_SIGPROCMASK: usize = 14;
     pub const SENDTO: usize = 44;
@@ -132,6 +133,7 @@ unsafe extern "C" fn stub_main() -> ! {
                 fail(STEP_MAP, got);
             }
         }
+        advise(setup);
         close_holes(setup);
         if handlers {
             install_handlers(setup);
@@ -206,6 +208,27 @@ unsafe fn receive(setup: *mut Setup) -> bool {
         }
     }
     handlers == Some(true)
+}
+
+/// What the VMM did to its own mappings of the same memory. A host that has no huge pages, or no
+/// memory left to fill in ahead, is not an error: pages then come one by one.
+unsafe fn advise(setup: &Setup) {
+    // SAFETY: all of it is guest memory, which was just mapped; nothing changes its contents.
+    unsafe {
+        for [from, len] in setup.huge {
+            if len != 0 {
+                // MADV_HUGEPAGE
+                syscall(nr::MADVISE, [from as usize, len as usize, 14, 0, 0, 0]);
+            }
+        }
+        for map in setup.maps.iter().take(setup.map_count as usize) {
+            if map.populate != 0 {
+                // MADV_POPULATE_WRITE, MADV_POPULATE_READ
+                let how = if map.prot & 2 != 0 { 23 } else { 22 };
+                syscall(nr::MADVISE, [map.gpa as usize, map.len as usize, how, 0, 0, 0]);
+            }
+        }
+    }
 }
 
 unsafe fn close_holes(setup: &Setup) {

@@ -43,7 +43,9 @@ pub struct Map {
     pub len: u64,
     pub offset: u64,
     /// Descriptor, relative to the first one.
-    pub fd: u32,
+    pub fd: u16,
+    /// All of its pages are made present before the guest starts.
+    pub populate: u16,
     /// `PROT_*`.
     pub prot: u32,
 }
@@ -69,6 +71,8 @@ pub struct Setup {
     pub fault_handler: u64,
     pub fault_stacks: u64,
     pub fault_stack_len: u64,
+    /// Where huge pages are asked for: start and length, or nothing.
+    pub huge: [[u64; 2]; 2],
     /// Doorbells whose number is to be closed: what was sent for them only fills their place.
     pub holes: [u64; HOLE_WORDS],
     pub maps: [Map; MAX_MAPS],

@@ -6,10 +6,11 @@
 use pv_abi::layout::{LARGE_PAGE_SIZE, PAGE_SIZE};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestMemoryBackend, GuestMemoryMmap, MmapRegion, VolatileMemory,
@@ -49,7 +50,9 @@ pub(crate) struct Region {
     map: Arc<Mapped>,
     file: Option<Arc<File>>,
     len: u64,
-    huge: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    /// Where huge pages were asked for.
+    huge: Arc<OnceLock<Range<u64>>>,
+    prefaulted: Arc<AtomicBool>,
 }
 
 /// The bytes, which are there as long as this is.
@@ -149,6 +152,7 @@ impl Region {
             file,
             len,
             huge: Arc::default(),
+            prefaulted: Arc::default(),
         };
         region.advise(0, len, libc::MADV_DONTFORK)?;
         region.advise(0, len, libc::MADV_DONTDUMP)?;
@@ -176,13 +180,25 @@ impl Region {
         let from = from.next_multiple_of(LARGE_PAGE_SIZE);
         let to = self.len.saturating_sub(LARGE_PAGE_SIZE);
         if from < to && self.advise(from, to, libc::MADV_HUGEPAGE).is_ok() {
-            self.huge.store(true, std::sync::atomic::Ordering::Relaxed);
+            let _ = self.huge.set(from..to);
         }
+    }
+
+    /// Where huge pages were asked for, for other mappings of the same memory.
+    pub(crate) fn huge_range(&self) -> Option<Range<u64>> {
+        self.huge.get().cloned()
     }
 
     /// Makes all pages present and writable.
     pub(crate) fn prefault(&self) -> io::Result<()> {
-        self.advise(0, self.len, libc::MADV_POPULATE_WRITE)
+        self.advise(0, self.len, libc::MADV_POPULATE_WRITE)?;
+        self.prefaulted.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether all pages were made present.
+    pub(crate) fn is_prefaulted(&self) -> bool {
+        self.prefaulted.load(Ordering::Relaxed)
     }
 
     /// Makes pages present that are about to be written: one call is cheaper than their faults.
@@ -270,7 +286,7 @@ impl Region {
     /// What the kernel says of this mapping in `smaps`; zeroes where it does not say. Of a memfd, what
     /// is there of the file: another process may have touched pages that this one has not.
     pub(crate) fn usage(&self) -> Usage {
-        let asked = self.huge.load(std::sync::atomic::Ordering::Relaxed);
+        let asked = self.huge.get().is_some();
         let mut usage = Usage {
             resident: 0,
             huge: HugePages { asked, bytes: 0 },

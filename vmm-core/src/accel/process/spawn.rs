@@ -23,17 +23,31 @@ fn executable() -> io::Result<&'static File> {
     if let Some(file) = FILE.get() {
         return Ok(file);
     }
-    let mut file = executable_memfd().or_else(|_| executable_temporary())?;
-    file.write_all(STUB)?;
-    // A file that is open for writing cannot be executed (ETXTBSY), so execute another opening.
-    let again = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    drop(file);
-    Ok(FILE.get_or_init(|| again))
+    let file = match executable_memfd() {
+        Ok(mut file) => {
+            file.write_all(STUB)?;
+            let seals = libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK;
+            // SAFETY: a memfd of ours, which is not mapped anywhere.
+            if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            file
+        }
+        Err(_) => {
+            let mut file = executable_temporary()?;
+            file.write_all(STUB)?;
+            // A file that is open for writing cannot be executed (ETXTBSY), so execute another
+            // opening. A memfd can, and needs no /proc.
+            File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?
+        }
+    };
+    Ok(FILE.get_or_init(|| file))
 }
 
 fn executable_memfd() -> io::Result<File> {
     // MFD_EXEC is refused by kernels before 6.3, which do not need it.
-    for flags in [libc::MFD_CLOEXEC | libc::MFD_EXEC, libc::MFD_CLOEXEC] {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    for flags in [flags | libc::MFD_EXEC, flags] {
         // SAFETY: a valid name; the descriptor is fresh.
         let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
         if fd >= 0 {
@@ -110,14 +124,14 @@ pub(super) fn start(socket: &OwnedFd) -> io::Result<Child> {
         parent,
         failed: 0,
     };
-    let mut stack = vec![0u8; CHILD_STACK];
+    let mut stack = vec![0u128; CHILD_STACK / size_of::<u128>()];
     // No handler of the embedder's may run in the child, which shares its memory until it execs.
     let old = block_all_signals();
     let flags = libc::CLONE_VM | libc::CLONE_VFORK;
     // SAFETY: the stack is the child's alone and outlives it: CLONE_VFORK suspends this thread
     // until the child has executed the stub or ended.
     let pid = unsafe {
-        let top = stack.as_mut_ptr().add(CHILD_STACK & !15);
+        let top = stack.as_mut_ptr().add(stack.len());
         libc::clone(child, top.cast(), flags, (&raw mut plan).cast())
     };
     let error = io::Error::last_os_error();

@@ -217,11 +217,12 @@ pub(super) fn setup_bytes(setup: &Setup) -> Vec<u8> {
             m.gpa,
             m.len,
             m.offset,
-            u64::from(m.fd) | u64::from(m.prot) << 32,
+            u64::from(m.fd) | u64::from(m.populate) << 16 | u64::from(m.prot) << 32,
         ]
     });
     words
         .into_iter()
+        .chain(setup.huge.into_iter().flatten())
         .chain(setup.holes)
         .chain(maps)
         .flat_map(u64::to_le_bytes)
@@ -259,6 +260,7 @@ mod tests {
             len: 2,
             offset: 3,
             fd: 4,
+            populate: 6,
             prot: 5,
         };
         let setup = Setup {
@@ -276,6 +278,7 @@ mod tests {
             fault_handler: 0,
             fault_stacks: 0,
             fault_stack_len: 0,
+            huge: [[0; 2]; 2],
             holes: [0; wire::HOLE_WORDS],
             maps: [map; wire::MAX_MAPS],
         };
@@ -290,6 +293,11 @@ mod tests {
         assert_eq!(
             bytes.get(head + 32..head + 40),
             Some(&1u64.to_le_bytes()[..])
+        );
+        let last = 4u64 | 6 << 16 | 5 << 32;
+        assert_eq!(
+            bytes.get(head + 56..head + 64),
+            Some(&last.to_le_bytes()[..])
         );
     }
 }

@@ -17,7 +17,8 @@ use crate::memory::{GuestMemory, Region};
 use crate::pidfd;
 use crate::vm::events::{EventTable, signal};
 use pv_abi::layout::{
-    GATE_BASE, GUEST_PHYS_END, VCPU_PAGES_BASE, VCPU_PAGES_LEN, VMM_BASE, vcpu_page,
+    GATE_BASE, GUEST_PHYS_END, RAM_BASE, RAM_HIGH_BASE, VCPU_PAGES_BASE, VCPU_PAGES_LEN, VMM_BASE,
+    vcpu_page,
 };
 use pv_abi::limits::{MAX_EVENTS, MAX_POLL};
 use pv_abi::vcpu::PollEntry;
@@ -88,7 +89,7 @@ pub(crate) fn create(
         events,
         first,
     } = input;
-    let mut maps = plan_maps(&map.mappings)?;
+    let mut maps = plan_maps(&map.mappings, &memory)?;
     // The last map, which the stub leaves out when faults come through ptrace; whether they do is
     // known only once it has been tried.
     maps.push(Map {
@@ -96,10 +97,11 @@ pub(crate) fn create(
         len: u64::from(vcpus) * FAULT_STACK,
         offset: FAULT_STACKS - VMM_BASE,
         fd: 0,
+        populate: 0,
         prot: prot(Access::ReadWrite),
     });
     let descriptors = descriptors(&memory, &events)?;
-    let setup = setup_bytes(&setup(vcpus, &maps, &descriptors));
+    let setup = setup_bytes(&setup(vcpus, &maps, &memory, &descriptors));
     let hand_over = |stub: &Stub| -> io::Result<()> {
         for vcpu in 0..vcpus {
             let wake = i32::try_from(number(descriptors.wakes)? + vcpu);
@@ -181,13 +183,19 @@ fn number(place: usize) -> io::Result<u32> {
     u32::try_from(wire::FIRST_FD + place).map_err(io::Error::other)
 }
 
-fn setup(vcpus: u32, maps: &[Map], descriptors: &Descriptors) -> Setup {
+fn setup(vcpus: u32, maps: &[Map], memory: &GuestMemory, descriptors: &Descriptors) -> Setup {
     let none = Map {
         gpa: 0,
         len: 0,
         offset: 0,
         fd: 0,
+        populate: 0,
         prot: 0,
+    };
+    // RAM is one piece of the guest's address space for each region, which mappings cut further.
+    let huge = |region: Option<&Region>, base: u64| match region.and_then(Region::huge_range) {
+        Some(range) => [base + range.start, range.end - range.start],
+        None => [0; 2],
     };
     Setup {
         vcpus,
@@ -204,6 +212,10 @@ fn setup(vcpus: u32, maps: &[Map], descriptors: &Descriptors) -> Setup {
         fault_handler: gate::fault_handler(),
         fault_stacks: FAULT_STACKS,
         fault_stack_len: FAULT_STACK,
+        huge: [
+            huge(Some(&memory.ram_low), RAM_BASE),
+            huge(memory.ram_high.as_ref(), RAM_HIGH_BASE),
+        ],
         holes: descriptors.holes,
         maps: std::array::from_fn(|i| maps.get(i).copied().unwrap_or(none)),
     }
@@ -218,7 +230,10 @@ fn prot(access: Access) -> u32 {
     prot as u32
 }
 
-fn plan_maps(mappings: &[crate::memory::map::Mapping]) -> Result<Vec<Map>, AccelError> {
+fn plan_maps(
+    mappings: &[crate::memory::map::Mapping],
+    memory: &GuestMemory,
+) -> Result<Vec<Map>, AccelError> {
     if mappings.len() >= MAX_MAPS {
         return Err(AccelError::Sandbox(format!(
             "{} mappings are too many",
@@ -234,7 +249,11 @@ fn plan_maps(mappings: &[crate::memory::map::Mapping]) -> Result<Vec<Map>, Accel
             Source::Vmm => 0,
             Source::RamLow => 1,
             Source::RamHigh => 2,
-            Source::Arena(index) => 3 + index as u32,
+            Source::Arena(index) => 3 + index as u16,
+        },
+        populate: match m.source {
+            Source::RamLow | Source::RamHigh => u16::from(memory.ram_low.is_prefaulted()),
+            Source::Vmm | Source::Arena(_) => 0,
         },
         prot: prot(m.access),
     };
