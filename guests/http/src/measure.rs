@@ -1,7 +1,7 @@
 //! Measuring TCP between two guests: a source sends for some seconds, a sink counts.
 
 use crate::Failure;
-use crate::net::{Network, Turn};
+use crate::net::{Network, Turn, close};
 use alloc::vec;
 use alloc::vec::Vec;
 use guest_sdk::abi::call::number::EMBEDDER;
@@ -83,16 +83,16 @@ pub(crate) fn source(boot: &Boot, mut network: Network) -> Result<(), Failure> {
             return Err("the peer refused the connection".into());
         }
         let mut turn = Turn::Idle;
-        while socket.can_send() {
+        let span = now.saturating_sub(first.unwrap_or(now));
+        let over = span >= seconds.saturating_mul(1_000_000_000);
+        while !over && socket.can_send() {
             first.get_or_insert(now);
             // What is sent does not matter, and is what the buffer holds.
             let sent = socket.send(|room| (room.len(), room.len()));
             bytes += sent.unwrap_or(0) as u64;
             turn = Turn::Busy;
         }
-        let span = now.saturating_sub(first.unwrap_or(now));
-        if span >= seconds.saturating_mul(1_000_000_000) {
-            socket.close();
+        if over && close(socket) {
             return Ok(Turn::Done(span));
         }
         Ok(turn)

@@ -7,6 +7,7 @@ use guest_sdk::limits::LOSS_POLL;
 use guest_sdk::net::{self, SmolDevice};
 use guest_sdk::platform::{Platform, Waiter};
 use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
+use smoltcp::socket::tcp;
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address, Ipv4Cidr};
 
@@ -104,6 +105,18 @@ impl Network {
         self.device.flush();
         polled
     }
+}
+
+/// Closes once the peer has everything; whether it did.
+///
+/// A FIN that comes with bytes may cost them: smoltcp 0.14 takes the FIN of a segment whose last bytes
+/// did not fit into its window, and never asks for them again.
+pub(crate) fn close(socket: &mut tcp::Socket<'_>) -> bool {
+    let done = socket.send_queue() == 0;
+    if done {
+        socket.close();
+    }
+    done
 }
 
 /// What came of a turn.

@@ -1,7 +1,7 @@
 //! Serving files.
 
 use crate::Failure;
-use crate::net::{Network, Turn};
+use crate::net::{Network, Turn, close};
 use alloc::vec;
 use alloc::vec::Vec;
 use driver_disk::DriverDisk;
@@ -113,8 +113,7 @@ impl Client {
             }
         }
         // The client has said all that it will, or is told that we have.
-        if connection.is_over() || (!socket.may_recv() && !moved) {
-            socket.close();
+        if (connection.is_over() || (!socket.may_recv() && !moved)) && close(socket) {
             self.let_go(site);
         }
         Ok(moved)

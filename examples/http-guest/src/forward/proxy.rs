@@ -198,7 +198,6 @@ impl Connection {
             match read {
                 Ok(Ok(0)) => {
                     self.client_done = true;
-                    socket.close();
                     moved = true;
                 }
                 Ok(Ok(_)) => moved = true,
@@ -208,6 +207,13 @@ impl Connection {
                 Ok(Err(_)) => return self.give_up(socket),
                 Err(_) => break,
             }
+        }
+        // Not before the guest has everything: smoltcp 0.14 takes the FIN of a segment whose last
+        // bytes did not fit into its window, and never asks for them again.
+        if self.client_done && !self.client_gone && socket.send_queue() == 0 {
+            let before = socket.state();
+            socket.close();
+            moved |= socket.state() != before;
         }
         while socket.can_recv() {
             let client = &mut self.client;
