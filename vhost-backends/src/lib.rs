@@ -106,6 +106,7 @@ compile_error!("the host side of Paravane is for Linux on x86-64");
 pub mod adapter;
 pub mod block;
 pub mod daemon;
+mod dial;
 pub mod engine;
 pub mod limit;
 pub mod limits;

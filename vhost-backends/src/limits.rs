@@ -85,6 +85,11 @@ pub const MAX_BACKING_DEPTH: u32 = 16;
 pub const MAX_NBD_REQUEST: u32 = 32 << 20;
 /// Bytes of one option reply of an NBD server; the longest that is of use is an error text.
 pub const MAX_NBD_OPTION: u32 = 4096;
+/// Seconds that a peer whose queue of connections is full is waited for: one that works takes them at
+/// once.
+pub const CONNECT_SECS: u64 = 3;
+/// Milliseconds between two attempts meanwhile.
+pub const CONNECT_RETRY_MILLIS: u64 = 20;
 /// Seconds that an NBD server may take for the handshake.
 pub const NBD_HANDSHAKE_SECS: u64 = 10;
 /// Seconds that requests wait for an NBD server to come back, unless the command line says how many.

@@ -8,6 +8,7 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 use support::process::{Daemon, TIMEOUT, blkd, connect, limit_file_size};
@@ -89,7 +90,10 @@ fn bad_arguments_get_a_sentence() {
             &["--socket-path", "x", "--blk-file", "/nonexistent"],
             "cannot open the disk image /nonexistent",
         ),
-        (&["--socket-path", "x", "--blk-file", dir], "Is a directory"),
+        (
+            &["--socket-path", "x", "--blk-file", dir],
+            "neither a regular file",
+        ),
         (
             &["--socket-path", "/nonexistent/x", "--blk-file", image],
             "cannot listen on /nonexistent/x",
@@ -126,6 +130,60 @@ fn bad_arguments_get_a_sentence() {
         assert!(!said.contains("panicked"), "{said}");
         assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
     }
+}
+
+#[test]
+fn what_does_not_answer_is_not_waited_for() {
+    let disk = Disk::new(MIB);
+    let path = |name: &str| disk.dir.path().join(name).to_str().unwrap().to_owned();
+    let (full, silent, pipe) = (path("full"), path("silent"), path("pipe"));
+    let status = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(status.success());
+    let listener = UnixListener::bind(&full).unwrap();
+    // SAFETY: takes no pointer.
+    assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+    // Room for one, which is this.
+    let _queued = UnixStream::connect(&full).unwrap();
+    let _silent = UnixListener::bind(&silent).unwrap();
+    let [s, t, u] = ["s", "t", "u"].map(path);
+    let [nbd, mute] = [&full, &silent].map(|path| format!("unix:{path}"));
+    let (taken, late) = ("another program listens", "does not answer in time");
+    let null = ["--null", "1M"];
+    let cases: [(&[&str], &[&str], &str); 8] = [
+        (
+            &["--blk-file", &pipe],
+            &["--no-lock"],
+            "neither a regular file",
+        ),
+        (&null, &["--socket-path", &full], taken),
+        (
+            &null,
+            &["--socket-path", &s, "--stats-socket", &full],
+            taken,
+        ),
+        (
+            &null,
+            &["--socket-path", &t, "--control-socket", &full],
+            taken,
+        ),
+        (&["--nbd", &nbd], &["--socket-path", &u], late),
+        (&["--nbd", &mute], &["--socket-path", &u], late),
+        (&null, &["--take-over", &full], late),
+        (&null, &["--take-over", &silent], late),
+    ];
+    // All at once: some take their time.
+    let daemons = cases.map(|(args, more, expected)| {
+        let mut command = blkd();
+        command.args(args).args(more);
+        (Daemon::start(&mut command), expected)
+    });
+    for (daemon, expected) in daemons {
+        let (code, said) = daemon.wait();
+        assert_eq!(code, Some(1), "{expected}: {said}");
+        assert!(said.contains(expected), "{expected}: {said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+    assert!([s, t, u].iter().all(|path| !Path::new(path).exists()));
 }
 
 #[test]

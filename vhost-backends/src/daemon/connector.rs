@@ -4,15 +4,14 @@
 //! second process, which holds one end of a socket pair and nothing else, connects to one path when
 //! it is told, and hands the connection over.
 #![allow(unsafe_code)]
-// UNSAFETY: fork, ending the child without the parent's clean-up, and a connect that does not wait,
-// which the standard library does not have.
+// UNSAFETY: fork, and ending the child without the parent's clean-up.
 
+use crate::dial::SocketAddress;
 use crate::readiness::{Interest, wait};
 use crate::sandbox::confine_connector;
 use std::io::{self, Read, Write};
-use std::mem::{ManuallyDrop, offset_of};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -86,57 +85,6 @@ impl Connector {
             (1, Some(file)) => Ok(UnixStream::from(OwnedFd::from(file))),
             (1, None) => Err(io::ErrorKind::ConnectionRefused.into()),
             _ => Err(io::ErrorKind::BrokenPipe.into()),
-        }
-    }
-}
-
-/// A path as `connect` has it.
-struct SocketAddress {
-    address: libc::sockaddr_un,
-    len: libc::socklen_t,
-}
-
-impl SocketAddress {
-    fn of(path: &Path) -> io::Result<SocketAddress> {
-        let bytes = path.as_os_str().as_bytes();
-        let mut address = libc::sockaddr_un {
-            sun_family: libc::AF_UNIX as libc::sa_family_t,
-            sun_path: [0; 108],
-        };
-        // With a zero at the end.
-        let room = address.sun_path.len() - 1;
-        if bytes.is_empty() || bytes.len() > room || bytes.contains(&0) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        for (to, from) in address.sun_path.iter_mut().zip(bytes) {
-            *to = libc::c_char::from_ne_bytes([*from]);
-        }
-        // At most 110.
-        let len = offset_of!(libc::sockaddr_un, sun_path) + bytes.len() + 1;
-        let len = len as libc::socklen_t;
-        Ok(SocketAddress { address, len })
-    }
-
-    /// Connects, or fails where that would take time: a peer whose queue is full is away.
-    fn connect(&self) -> io::Result<OwnedFd> {
-        let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // SAFETY: takes no pointer.
-        let fd = unsafe { libc::socket(libc::AF_UNIX, kind, 0) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a new descriptor that nobody else has.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: the address is as long as said, and lives through the call.
-        match unsafe { libc::connect(fd, (&raw const self.address).cast(), self.len) } {
-            0 => {}
-            _ => return Err(io::Error::last_os_error()),
-        }
-        // As any other from here.
-        // SAFETY: takes no pointer.
-        match unsafe { libc::fcntl(fd, libc::F_SETFL, 0) } {
-            0 => Ok(socket),
-            _ => Err(io::Error::last_os_error()),
         }
     }
 }

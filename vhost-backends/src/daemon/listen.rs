@@ -3,6 +3,7 @@
 // UNSAFETY: a descriptor number from the command line becomes an owned descriptor.
 
 use super::options::SocketArgs;
+use crate::dial::SocketAddress;
 use crate::limits::MAX_PASSED;
 use std::fs;
 use std::io;
@@ -209,7 +210,7 @@ fn remove_stale(path: &Path) -> Result<(), String> {
             "{shown} exists and is not a socket; remove it or choose another path"
         ));
     }
-    match UnixStream::connect(path) {
+    match SocketAddress::of(path).and_then(|address| address.connect()) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
             .map_err(|error| format!("cannot replace the stale socket {shown}: {error}")),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -42,18 +42,12 @@ pub struct RawFile {
 impl RawFile {
     /// Opens an existing file or block device.
     pub fn open(path: &Path, options: FileOptions) -> io::Result<RawFile> {
+        check_kind(path)?;
         let file = OpenOptions::new()
             .read(true)
             .write(!options.read_only)
             .custom_flags(if options.direct { libc::O_DIRECT } else { 0 })
             .open(path)?;
-        let kind = file.metadata()?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "neither a regular file nor a block device",
-            ));
-        }
         let align = if options.direct {
             direct_align(&file, file_len(&file)?)
         } else {
@@ -198,6 +192,19 @@ impl RawFile {
             self.file.set_len(len)?;
         }
         Ok(())
+    }
+}
+
+/// A pipe or a terminal would be waited for; a device may act on being opened.
+pub(super) fn check_kind(path: &Path) -> io::Result<()> {
+    let kind = std::fs::metadata(path)?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(())
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "neither a regular file nor a block device",
+        ))
     }
 }
 

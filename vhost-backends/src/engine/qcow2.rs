@@ -3,6 +3,7 @@
 //! An image names other files. A backing file is opened, never for writing; the chain of them
 //! has a limit. Nothing is guessed about the image itself: it is qcow2 because its owner said so.
 
+use super::file::check_kind;
 use super::{BlockingDisk, FileOptions, Geometry};
 use crate::limits::MAX_BACKING_DEPTH;
 use imago::file::File;
@@ -14,7 +15,6 @@ use imago::{
     StorageOpenOptions,
 };
 use std::io;
-use std::os::unix::fs::FileTypeExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -153,19 +153,6 @@ impl BlockingDisk for Qcow2Disk {
         } else {
             self.shared().write_zeroes(offset, len)
         }
-    }
-}
-
-/// A pipe or a terminal would be waited for; a device may act on being opened.
-fn check_kind(path: &Path) -> io::Result<()> {
-    let kind = std::fs::metadata(path)?.file_type();
-    if kind.is_file() || kind.is_block_device() {
-        Ok(())
-    } else {
-        Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "neither a regular file nor a block device",
-        ))
     }
 }
 

@@ -5,6 +5,7 @@ use super::{
     MEMBER, MemberHead, READY, REFUSED, SERVES, Serves, VERSION, in_words, parse, send,
 };
 use crate::daemon::listen::{self, Kind};
+use crate::dial;
 use crate::limits::{HANDOVER_SECS, MAX_ADMIN_REQUEST, MAX_HANDOVER_FRAMES, MAX_MESSAGE_FDS};
 use crate::readiness::{Event, monotonic_nanos};
 use crate::session::handover::Connection;
@@ -55,7 +56,7 @@ impl Taking {
     /// Connects to a control socket. The error is a sentence.
     pub(in crate::daemon) fn connect(path: &Path) -> Result<Taking, String> {
         let cannot = |error| format!("cannot take over from {}: {error}", path.display());
-        let stream = UnixStream::connect(path).map_err(cannot)?;
+        let stream = dial::connect(path).map_err(cannot)?;
         let limit = Duration::from_secs(HANDOVER_SECS);
         stream.set_read_timeout(Some(limit)).map_err(cannot)?;
         stream.set_write_timeout(Some(limit)).map_err(cannot)?;
@@ -118,7 +119,10 @@ impl Taking {
         let body = serde_json::to_string(&hello).map_err(|error| error.to_string())?;
         let length = body.len();
         let request = format!("POST /take-over HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}");
-        let lost = |error: std::io::Error| format!("the running daemon does not answer: {error}");
+        let lost = |error| {
+            let why = dial::in_words(error);
+            format!("the running daemon cannot be asked: {why}")
+        };
         let mut stream = &self.stream;
         stream.write_all(request.as_bytes()).map_err(lost)?;
         // Byte by byte: what follows the head is not text, and has descriptors.

@@ -16,6 +16,7 @@ mod handshake;
 mod redial;
 
 use super::{Engine, Geometry, Store, WakeSources};
+use crate::dial;
 use engine::NbdEngine;
 use handshake::Export;
 use redial::{Redial, greet};
@@ -145,7 +146,7 @@ impl NbdStore {
 }
 
 fn connect(address: &NbdAddress) -> Result<(UnixStream, Export), NbdError> {
-    greet(UnixStream::connect(&address.socket)?, &address.export)
+    greet(dial::connect(&address.socket)?, &address.export)
 }
 
 impl Store for NbdStore {

@@ -5,6 +5,7 @@
 
 use super::handshake::{Export, negotiate};
 use super::{NbdError, NbdStore};
+use crate::dial;
 use crate::limits::NBD_HANDSHAKE_SECS;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -75,7 +76,10 @@ pub(super) fn greet(stream: UnixStream, export: &str) -> Result<(UnixStream, Exp
     let limit = Some(Duration::from_secs(NBD_HANDSHAKE_SECS));
     stream.set_read_timeout(limit)?;
     stream.set_write_timeout(limit)?;
-    let export = negotiate(&stream, export)?;
+    let export = negotiate(&stream, export).map_err(|error| match error {
+        NbdError::Connection(error) => dial::in_words(error).into(),
+        error => error,
+    })?;
     stream.set_nonblocking(true)?;
     Ok((stream, export))
 }
