@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::net::{MRG, NetFront, TIMEOUT, VERSION_1};
 use support::process::{Daemon, connect, http, manual_names_every_option, netd, stats};
-use support::raw::Client;
+use support::raw::{Client, memfd, pair, words};
 
 const PLAIN: [u8; 12] = [0; 12];
 
@@ -114,6 +114,47 @@ fn ports_of_one_switch_with_control_and_statistics() {
     for name in ["a", "b", "c", "ctl", "stats"] {
         assert!(!path(name).exists(), "{name}");
     }
+}
+
+/// Two ports of one switch, each with a frontend that has offered buffers.
+fn neighbours(dir: &Path, features: u64) -> (Daemon, [NetFront; 2]) {
+    let mut args = Vec::new();
+    for (index, name) in [(1, "a"), (2, "b")] {
+        args.extend(port(&dir.join(name), index, "switch=lan"));
+    }
+    let daemon = Daemon::start(netd().args(&args));
+    let fronts = ["a", "b"].map(|name| {
+        let client = Client::over(connect(&dir.join(name)));
+        let mut front = NetFront::on(client, VERSION_1 | MRG | features, 2);
+        (0..4).for_each(|_| assert!(front.offer_receive(0, 2048)));
+        front
+    });
+    (daemon, fronts)
+}
+
+/// A host with huge pages gives them or says no; what it does not have is nobody's end.
+#[test]
+fn memory_of_huge_pages_that_the_host_does_not_have() {
+    let sealed = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+    let size = 2 << 20;
+    let huge = match memfd(size, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, sealed) {
+        Ok(huge) => huge,
+        Err(error) => {
+            println!("SKIPPED: this host makes no file of huge pages: {error}");
+            return;
+        }
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let (mut daemon, [mut a, mut b]) = neighbours(dir.path(), 0);
+    let table = |size: u64| [pair(1, 0), words(&[0x4000_0000, size, 0x7f00_0000_0000, 0])].concat();
+    // The rings go on in it, so it is touched at once.
+    let taken = a.client.set(5, &table(size), &[&huge]);
+    println!("huge pages were taken: {taken}");
+    assert!(a.client.set(5, &table(16 << 20), &[&a.memory.file]));
+    assert_ne!(a.client.query_u64(1), 0);
+    b.send(1, &PLAIN, &frame(1, 2, 100));
+    assert_eq!(daemon.ended(), None);
+    assert_eq!(daemon.end().0, Some(0));
 }
 
 #[test]

@@ -6,13 +6,13 @@
 //! the bytes, at the latest when the ring has stopped.
 
 use super::{OwnedChain, Segment};
-use crate::session::Notifier;
+use crate::session::{Notifier, memfd};
 use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use vm_memory::VolatileMemory;
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{FileOffset, VolatileMemory};
 
 /// Bytes that one bit stands for (vhost-user: `VHOST_LOG_PAGE`).
 const PAGE: u64 = 0x1000;
@@ -54,7 +54,7 @@ impl DirtyLog {
             return Err(bad);
         }
         let bytes = usize::try_from(len).map_err(|_| bad)?;
-        let map = MmapRegion::from_file(FileOffset::new(file, offset), bytes)
+        let map = memfd::map(file, offset, bytes)
             .map_err(|error| DirtyLogError::Map(error.to_string()))?;
         Ok(DirtyLog { map })
     }

@@ -14,7 +14,6 @@ use crate::session::wire::Region;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 /// Why a region cannot be used.
@@ -169,22 +168,18 @@ fn map(region: Region, fd: OwnedFd, sealed: bool) -> Result<Slot, MemoryError> {
         .checked_add(region.size)
         .ok_or(bad(region.mmap_offset))?;
     let file = File::from(fd);
-    let metadata = file.metadata()?;
-    if !metadata.is_file() {
+    if !file.metadata()?.is_file() {
         return Err(MemoryError::NotAFile);
     }
     if sealed && !memfd::keeps_its_length(&file) {
         return Err(MemoryError::NotSealed);
     }
-    if metadata.len() < end {
-        let file = metadata.len();
-        return Err(MemoryError::FileTooShort { file, end });
+    // Looked at after the seal, which can be as young as this.
+    let len = file.metadata()?.len();
+    if len < end {
+        return Err(MemoryError::FileTooShort { file: len, end });
     }
-    let mapping = MmapRegionBuilder::new(size)
-        .with_file_offset(FileOffset::new(file, region.mmap_offset))
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-        .build()
+    let mapping = memfd::map(file, region.mmap_offset, size)
         .map_err(|error| MemoryError::Map(error.to_string()))?;
     let mapping = GuestRegionMmap::new(mapping, GuestAddress(region.guest_addr))
         .ok_or(bad(region.guest_addr))?;

@@ -19,7 +19,7 @@
 //! | `backend_channel` | what the backend has to say without being asked |
 //! | `hang_up` | the end of a connection from inside |
 //! | `handover` | a session between two processes |
-//! | `memfd` | memory that is given to the frontend |
+//! | `memfd` | files of memory, made and mapped |
 //! | `server` | connection after connection |
 //!
 //! The in-flight log and the dirty log are the ring's ([`crate::ring`]); here they are mapped and
@@ -29,7 +29,7 @@ mod backend_channel;
 mod device;
 pub(crate) mod handover;
 mod hang_up;
-mod memfd;
+pub(crate) mod memfd;
 pub(crate) mod memory;
 mod notifier;
 pub(crate) mod quota;

@@ -206,20 +206,27 @@ pub(crate) fn pair(index: u32, num: u32) -> Vec<u8> {
     [index.to_ne_bytes(), num.to_ne_bytes()].concat()
 }
 
-/// A file of memory.
+/// A file of memory, sealed against shrinking.
 pub(crate) fn memory(bytes: u64) -> File {
+    memfd(bytes, 0, libc::F_SEAL_SHRINK).unwrap()
+}
+
+/// A file of memory with these flags beside the usual ones, and these seals.
+pub(crate) fn memfd(bytes: u64, flags: u32, seals: i32) -> io::Result<File> {
     // SAFETY: the name is a C string; the descriptor is fresh and owned at once.
     let file = unsafe {
-        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-        let fd = libc::memfd_create(c"memory".as_ptr(), flags);
-        assert!(fd >= 0);
-        File::from_raw_fd(fd)
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags;
+        match libc::memfd_create(c"memory".as_ptr(), flags) {
+            fd @ 0.. => File::from_raw_fd(fd),
+            _ => return Err(io::Error::last_os_error()),
+        }
     };
-    file.set_len(bytes).unwrap();
+    file.set_len(bytes)?;
     // SAFETY: F_ADD_SEALS takes no pointer.
-    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
-    assert_eq!(done, 0, "sealed");
-    file
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(file),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Memory that a frontend shares with its backend, at offsets into its file.

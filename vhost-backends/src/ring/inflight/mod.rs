@@ -15,11 +15,12 @@ pub(super) use packed::{LoggedDesc, PackedLog};
 pub(super) use split::SplitLog;
 
 use crate::limits::MAX_QUEUES;
+use crate::session::memfd;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{AtomicAccess, Bytes, FileOffset, VolatileMemory};
+use vm_memory::{AtomicAccess, Bytes, VolatileMemory};
 
 /// What `version` says in a log that is in use.
 const VERSION: u16 = 1;
@@ -97,7 +98,7 @@ impl InflightLog {
         if !fits || stride < split::len(size) {
             return Err(bad);
         }
-        let map = MmapRegion::from_file(FileOffset::new(file, offset), bytes)
+        let map = memfd::map(file, offset, bytes)
             .map_err(|error| InflightError::Map(error.to_string()))?;
         Ok(InflightLog {
             map,
