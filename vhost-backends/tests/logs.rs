@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 use support::front::{BLOCK, DATA, DESC, Front, GUEST, LOG_ALL, MEMORY, Op, STATUS, TIMEOUT, USED};
-use support::raw::{Client, Counting, VERSION, memory, pair, words};
+use support::raw::{Client, Counting, VERSION, memfd, memory, pair, words};
 use vhost_backends::block::{BlockDevice, BlockOptions};
 use vhost_backends::engine::{FileOptions, RawFile};
 use vhost_backends::session::{Server, SessionEnd};
@@ -234,6 +234,26 @@ fn in_flight_logs_at_their_limits() {
         assert!(!client.set(32, &shape(u64::MAX, 0, queues, entries), &[&enough]));
     }
     client.close();
+}
+
+#[test]
+fn logs_that_can_be_cut_off_are_refused_where_others_depend_on_it() {
+    for sealed in [false, true] {
+        let mut client = Client::connect(Arc::new(Counting {
+            sealed,
+            ..Counting::default()
+        }));
+        client.negotiate();
+        let mut shape = words(&[1 << 20, 0]);
+        shape.extend([1, 0, 128, 0, 0, 0, 0, 0]);
+        let loose = memfd(1 << 20, 0, 0).unwrap();
+        for (file, taken) in [(&loose, !sealed), (&memory(1 << 20), true)] {
+            assert_eq!(client.set(32, &shape, &[file]), taken);
+            client.send(6, VERSION, &words(&[1 << 20, 0]), &[file]);
+            assert_eq!(!client.receive().unwrap().2.is_empty(), taken);
+        }
+        client.close();
+    }
 }
 
 #[test]

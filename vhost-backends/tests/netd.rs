@@ -8,6 +8,7 @@ mod support {
     pub(crate) mod raw;
 }
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -15,7 +16,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::net::{MRG, NetFront, TIMEOUT, VERSION_1};
 use support::process::{Daemon, connect, http, manual_names_every_option, netd, stats};
-use support::raw::{Client, memfd, pair, words};
+use support::raw::{Client, LOG_ALL, memfd, pair, words};
 
 const PLAIN: [u8; 12] = [0; 12];
 
@@ -154,6 +155,36 @@ fn memory_of_huge_pages_that_the_host_does_not_have() {
     assert_ne!(a.client.query_u64(1), 0);
     b.send(1, &PLAIN, &frame(1, 2, 100));
     assert_eq!(daemon.ended(), None);
+    assert_eq!(daemon.end().0, Some(0));
+}
+
+#[test]
+fn a_dirty_log_that_is_cut_off_under_other_ports() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut daemon, [mut a, mut b]) = neighbours(dir.path(), LOG_ALL);
+    let size = 1 << 20;
+    let mut set_log = |log: &File| {
+        a.client.send(6, 1, &words(&[size, 0]), &[log]);
+        let reply = a.client.receive().unwrap();
+        assert_eq!(reply.0, 6);
+        !reply.2.is_empty()
+    };
+    let loose = memfd(size, 0, 0).unwrap();
+    let firm = memfd(size, 0, libc::F_SEAL_SHRINK).unwrap();
+    assert!(set_log(&firm));
+    let taken = set_log(&loose);
+    loose.set_len(0).unwrap();
+    // What arrives is marked.
+    let sent = frame(1, 2, 200);
+    b.send(1, &PLAIN, &sent);
+    assert_eq!(a.receive(0).1, sent);
+    b.send(1, &PLAIN, &sent);
+    assert_eq!(a.receive(0).1, sent);
+    assert_eq!((taken, daemon.ended()), (false, None));
+    let mut bits = Vec::new();
+    (&firm).read_to_end(&mut bits).unwrap();
+    assert!(bits.iter().any(|byte| *byte != 0));
+    assert_ne!(b.client.query_u64(1), 0);
     assert_eq!(daemon.end().0, Some(0));
 }
 

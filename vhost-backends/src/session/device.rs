@@ -61,8 +61,8 @@ pub trait Device: Send + Sync {
         served
     }
 
-    /// Whether only memory is taken that the frontend cannot cut off (`F_SEAL_SHRINK`). One that
-    /// does, under a ring, ends this process with SIGBUS.
+    /// Whether only memory and logs are taken that the frontend cannot cut off (`F_SEAL_SHRINK`).
+    /// One that does, under a ring, ends this process with SIGBUS.
     fn needs_sealed_memory(&self) -> bool {
         false
     }

@@ -382,9 +382,10 @@ impl<'d> Session<'d> {
 
     fn set_inflight(&mut self, shape: Inflight, fd: OwnedFd) -> Result<(), Refusal> {
         self.need(VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
-        let kept = fd.try_clone()?;
+        let file = self.log_file(fd)?;
+        let kept = file.try_clone()?.into();
         let log = InflightLog::map(
-            File::from(fd),
+            file,
             shape.mmap_offset,
             shape.mmap_size,
             shape.num_queues,
@@ -405,13 +406,25 @@ impl<'d> Session<'d> {
 
     fn set_log(&mut self, base: LogBase, fd: OwnedFd) -> Result<Reply, Refusal> {
         self.need(VhostUserProtocolFeatures::LOG_SHMFD)?;
-        let kept = fd.try_clone()?;
-        let log = DirtyLog::map(File::from(fd), base.mmap_offset, base.mmap_size)?;
+        let file = self.log_file(fd)?;
+        let kept = file.try_clone()?.into();
+        let log = DirtyLog::map(file, base.mmap_offset, base.mmap_size)?;
         self.pause_all();
         self.dirty = Some(Arc::new(log));
         self.dirty_file = Some((base, kept));
         self.start_all()?;
         Ok(Reply::Payload(base.as_bytes().to_vec()))
+    }
+
+    /// A log is as firm as memory has to be, and looked at before its length.
+    fn log_file(&self, fd: OwnedFd) -> Result<File, Refusal> {
+        let file = File::from(fd);
+        if self.device.needs_sealed_memory() && !memfd::keeps_its_length(&file) {
+            return Err(Refusal::BadValue(
+                "the log's file is not sealed against shrinking (F_SEAL_SHRINK)",
+            ));
+        }
+        Ok(file)
     }
 
     fn need(&self, feature: VhostUserProtocolFeatures) -> Result<(), Refusal> {

@@ -39,6 +39,8 @@ pub(crate) struct Counting {
     pub(crate) more_features: u64,
     /// Queues that stop say that their ring broke a rule.
     pub(crate) retire: Arc<AtomicBool>,
+    /// Memory and logs must be sealed.
+    pub(crate) sealed: bool,
 }
 
 impl Counting {
@@ -77,6 +79,10 @@ impl Device for Counting {
 
     fn features(&self) -> u64 {
         VERSION_1 | EVENT_IDX | self.more_features
+    }
+
+    fn needs_sealed_memory(&self) -> bool {
+        self.sealed
     }
 
     fn set_frontend(&self, frontend: Option<Arc<FrontendLink>>) {
