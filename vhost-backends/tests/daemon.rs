@@ -122,11 +122,27 @@ fn bad_arguments_get_a_sentence() {
         ),
         (&["--fd", "999", "--blk-file", image], "--fd 999"),
     ];
-    for (args, expected) in cases {
+    let useless: &[(&[&str], &str)] = &[
+        (&["--memory", "1M", "--read-only"], "--read-only"),
+        (&["--null", "1M", "--read-only"], "--read-only"),
+        (&["--memory", "1M", "--overlay", "o"], "--overlay"),
+        (&["--memory", "1M", "--format", "qcow2"], "--format"),
+        (&["--memory", "1M", "--direct"], "--direct"),
+        (&["--nbd", "unix:/nonexistent", "--direct"], "--direct"),
+        (&["--null", "1M", "--no-lock"], "--no-lock"),
+        (&["--memory", "1M", "--nbd-retry", "3"], "--nbd-retry"),
+        (&["--blk-file", image, "--nbd-retry", "0"], "--nbd-retry"),
+        (&["--disk", "null=1M,read-only=on"], "--read-only"),
+    ];
+    let useless = useless
+        .iter()
+        .map(|(args, flag)| (*args, format!("{flag} is of no use without")));
+    let cases = cases.map(|(args, expected)| (args, expected.to_owned()));
+    for (args, expected) in cases.into_iter().chain(useless) {
         let output = run(args);
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(!output.status.success(), "{args:?}");
-        assert!(said.contains(expected), "{args:?}: {said}");
+        assert!(said.contains(&expected), "{args:?}: {said}");
         assert!(!said.contains("panicked"), "{said}");
         assert_eq!(said.lines().count(), 1, "{args:?}: {said}");
     }

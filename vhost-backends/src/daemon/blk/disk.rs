@@ -46,9 +46,10 @@ pub(super) struct UseArgs {
     /// Past the host's page cache (O_DIRECT).
     #[arg(long)]
     pub(super) direct: bool,
-    /// Seconds that requests wait for an NBD server that is gone; then they are I/O errors.
-    #[arg(long, value_name = "SECONDS", default_value_t = NBD_RETRY_SECS)]
-    nbd_retry: u64,
+    /// Seconds that requests wait for an NBD server that is gone; then they are I/O errors. 60 if
+    /// not given.
+    #[arg(long, value_name = "SECONDS")]
+    nbd_retry: Option<u64>,
     /// Do not ask whether another program uses the image, nor tell any that this one does.
     #[arg(long)]
     no_lock: bool,
@@ -126,6 +127,7 @@ impl DiskArgs {
             read_only: how.read_only,
             direct: how.direct,
         };
+        how.check(self)?;
         if let Some(path) = &self.blk_file {
             return match &how.overlay {
                 _ if taking_over && !how.is_plain() => Err(IN_MEMORY.into()),
@@ -167,14 +169,39 @@ impl DiskArgs {
 }
 
 impl UseArgs {
+    /// Whether all of it means something for this disk. The error is a sentence.
+    fn check(&self, disk: &DiskArgs) -> Result<(), String> {
+        let (file, nbd) = (disk.blk_file.is_some(), disk.nbd.is_some());
+        // What is given, whether it means something, and for what it does.
+        for (given, fits, flag, with) in [
+            (self.format != ImageFormat::Raw, file, "--format", FILE),
+            (self.overlay.is_some(), file, "--overlay", FILE),
+            (
+                self.read_only,
+                file || nbd,
+                "--read-only",
+                "--blk-file or --nbd",
+            ),
+            (self.direct, file, "--direct", FILE),
+            (self.no_lock, file, "--no-lock", FILE),
+            (self.nbd_retry.is_some(), nbd, "--nbd-retry", "--nbd"),
+        ] {
+            if given && !fits && disk.is_given() {
+                return Err(format!("{flag} is of no use without {with}"));
+            }
+        }
+        Ok(())
+    }
+
     /// From inside the sandbox, only another process can connect once more.
     fn redialling(&self, store: NbdStore, address: &NbdAddress) -> Result<NbdStore, String> {
-        if self.nbd_retry == 0 {
+        let seconds = self.nbd_retry.unwrap_or(NBD_RETRY_SECS);
+        if seconds == 0 {
             return Ok(store);
         }
         let connector = Connector::start(&address.socket)
             .map_err(|error| format!("cannot start a process: {error}"))?;
-        let patience = Duration::from_secs(self.nbd_retry);
+        let patience = Duration::from_secs(seconds);
         Ok(store.redialling(move || connector.connect(), patience))
     }
 
@@ -204,6 +231,8 @@ impl UseArgs {
     }
 }
 
+/// The flag that names a file.
+const FILE: &str = "--blk-file";
 /// Parts of such an image are in this process's memory alone.
 const IN_MEMORY: &str = "qcow2 images and overlays are not handed from process to process";
 
