@@ -340,8 +340,8 @@ fn bad_disks_get_a_sentence_and_leave_no_socket() {
     }
 }
 
-#[test]
-fn sockets_from_a_service_manager() {
+/// Two disks, the second of the name `b`, on sockets that were passed in the other order.
+fn on_passed_sockets(id: &str, names: &str) {
     let (first, second) = (Disk::new(MIB), Disk::new(MIB));
     let listeners = [&first, &second].map(|d| UnixListener::bind(&d.socket).unwrap());
     let raw = listeners.each_ref().map(|l| l.as_raw_fd());
@@ -350,11 +350,11 @@ fn sockets_from_a_service_manager() {
     command
         .args(["-c", "LISTEN_PID=$$ exec \"$0\" \"$@\""])
         .arg(env!("CARGO_BIN_EXE_pv-blkd"))
-        .args(["--disk", &format!("file={},id=a", first.image.display())])
+        .args(["--disk", &format!("file={},{id}", first.image.display())])
         .args(["--disk", &format!("file={},id=b", second.image.display())])
         .env("LISTEN_FDS", "2")
         // In the other order.
-        .env("LISTEN_FDNAMES", "b:a")
+        .env("LISTEN_FDNAMES", names)
         .stderr(Stdio::piped());
     // SAFETY: dup and dup2 are async-signal-safe.
     unsafe {
@@ -380,6 +380,14 @@ fn sockets_from_a_service_manager() {
         );
         assert!(disk.socket.exists(), "somebody else made it");
     }
+}
+
+#[test]
+fn sockets_from_a_service_manager() {
+    on_passed_sockets("id=a", "b:a");
+    // One that has no name of its own among them, and is the first to choose.
+    on_passed_sockets("id=c", "b:unit.socket");
+    let first = Disk::new(MIB);
     // Meant for another process: as if there were none.
     let image = first.image.display();
     let mut command = blkd();
@@ -390,6 +398,28 @@ fn sockets_from_a_service_manager() {
         .unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("either --socket-path or --fd"), "{said}");
+    // One socket for two disks.
+    let listener = UnixListener::bind(&first.socket).unwrap();
+    let raw = listener.as_raw_fd();
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "LISTEN_PID=$$ exec \"$0\" \"$@\""])
+        .arg(env!("CARGO_BIN_EXE_pv-blkd"))
+        .args(["--disk", "fd=3,null=1M,id=a", "--disk", "null=1M,id=b"])
+        .env("LISTEN_FDS", "1")
+        .stderr(Stdio::piped());
+    // SAFETY: dup2 is async-signal-safe.
+    unsafe {
+        command.pre_exec(
+            move || match libc::dup2(libc::fcntl(raw, libc::F_DUPFD, 20), 3) {
+                3 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            },
+        )
+    };
+    let (code, said) = Daemon::start(&mut command).wait();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("for one device, not for two"), "{said}");
 }
 
 #[test]

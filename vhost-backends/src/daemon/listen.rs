@@ -84,10 +84,13 @@ impl Passed {
         Ok(Passed { fds })
     }
 
-    /// The one with this name, or the first.
-    fn take(&mut self, name: &str) -> Option<RawFd> {
-        let named = self.fds.iter().position(|(_, n)| n == name).unwrap_or(0);
-        self.fds.remove(named).map(|(fd, _)| fd)
+    /// The one with this name, or the first that has none of `names`.
+    fn take(&mut self, name: &str, names: &[String]) -> Option<RawFd> {
+        let mut fds = self.fds.iter();
+        let named = fds.position(|(_, passed)| passed == name);
+        let mut fds = self.fds.iter();
+        let any = || fds.position(|(_, passed)| !names.contains(passed));
+        self.fds.remove(named.or_else(any)?).map(|(fd, _)| fd)
     }
 }
 
@@ -95,6 +98,10 @@ impl Passed {
 #[derive(Debug)]
 pub(crate) struct Sockets {
     passed: Passed,
+    /// The names of all devices.
+    names: Vec<String>,
+    /// Inherited descriptors that have an owner.
+    claimed: Vec<RawFd>,
     opened: Vec<Socket>,
     made: Vec<SocketPath>,
     taking_over: bool,
@@ -105,10 +112,26 @@ impl Sockets {
     pub(super) fn from_environment(taking_over: bool) -> Result<Sockets, String> {
         Ok(Sockets {
             passed: Passed::from_environment()?,
+            names: Vec::new(),
+            claimed: Vec::new(),
             opened: Vec::new(),
             made: Vec::new(),
             taking_over,
         })
+    }
+
+    /// Says which devices there will be: a socket that was passed for one of them is for no other.
+    pub(crate) fn name_devices(&mut self, names: impl Iterator<Item = String>) {
+        self.names = names.collect();
+    }
+
+    /// Makes sure that an inherited descriptor has one owner. The error is a sentence.
+    pub(crate) fn claim(&mut self, fd: RawFd) -> Result<(), String> {
+        if self.claimed.contains(&fd) {
+            return Err(format!("descriptor {fd} is for one device, not for two"));
+        }
+        self.claimed.push(fd);
+        Ok(())
     }
 
     /// Opens what the command line named for the device `name`, or takes what was passed. The
@@ -125,8 +148,11 @@ impl Sockets {
             self.made.push(path.clone());
             Socket::Listening(listener, Some(path))
         } else {
-            let fd = args.fd.or_else(|| self.passed.take(name));
-            inherit(fd.ok_or("either --socket-path or --fd is needed")?)?
+            let passed = || self.passed.take(name, &self.names);
+            let fd = args.fd.or_else(passed);
+            let fd = fd.ok_or("either --socket-path or --fd is needed")?;
+            self.claim(fd)?;
+            inherit(fd)?
         };
         self.opened.push(socket);
         Ok(())

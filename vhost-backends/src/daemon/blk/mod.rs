@@ -20,7 +20,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Runs `pv-blkd` with this command line, the program's name first. Takes the calling thread, the
-/// process's panic hook, SIGTERM and SIGINT, and confines the process for good.
+/// process's panic hook, the signals that end it, and confines the process for good.
 ///
 /// A program that embeds this calls it as early as possible, while it has one thread.
 pub fn pv_blkd_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -74,6 +74,7 @@ struct Disks(Vec<Served>);
 impl Disks {
     /// Opens the disks, each with its socket. The error is a sentence.
     fn open(disks: Vec<(String, OneDisk)>, sockets: &mut Sockets) -> Result<Disks, String> {
+        sockets.name_devices(disks.iter().map(|(name, _)| name.clone()));
         let mut served = Vec::new();
         for (name, disk) in disks {
             let opened = (disk.source).open(&disk.how, disk.num_queues, sockets.taking_over())?;

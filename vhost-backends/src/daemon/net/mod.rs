@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 /// Runs `pv-netd` with this command line, the program's name first. Takes the calling thread, the
-/// process's panic hook, SIGTERM and SIGINT, and confines the process for good.
+/// process's panic hook, the signals that end it, and confines the process for good.
 ///
 /// A program that embeds this calls it as early as possible, while it has one thread.
 pub fn pv_netd_main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -44,6 +44,7 @@ struct Ports(Vec<Served>);
 impl Ports {
     /// Opens the ports, each with its socket. The error is a sentence.
     fn open(ports: Vec<(String, OnePort)>, sockets: &mut Sockets) -> Result<Ports, String> {
+        sockets.name_devices(ports.iter().map(|(name, _)| name.clone()));
         let mut switches = Switches::default();
         let mut served = Vec::new();
         let several = ports.len() > 1;

@@ -37,7 +37,7 @@ impl Switches {
             let cannot = |error: io::Error| format!("cannot use --tap-fd: {error}");
             let fds: Vec<_> = fds
                 .iter()
-                .map(|fd| inherit(*fd))
+                .map(|fd| sockets.claim(*fd).and_then(|()| inherit(*fd)))
                 .collect::<Result<_, _>>()?;
             return Ok(Arc::new(Tap::from_fds(fds).map_err(cannot)?));
         }
