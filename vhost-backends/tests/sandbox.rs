@@ -229,6 +229,18 @@ fn a_container_without_landlock_and_namespaces_is_reported_and_served() {
 }
 
 #[test]
+fn a_daemon_without_a_second_process_leaves_no_socket() {
+    let disk = Disk::new(MIB);
+    let mut command = blkd();
+    let calls = [libc::SYS_fork, libc::SYS_clone, libc::SYS_clone3];
+    without(&mut command, &calls, libc::EAGAIN);
+    let (code, said) = Daemon::with(&mut command, &disk, &[]).wait();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("cannot start a process"), "{said}");
+    assert!(!disk.socket.exists());
+}
+
+#[test]
 fn strict_does_not_start_without_a_layer() {
     let disk = Disk::new(MIB);
     let mut command = blkd();

@@ -34,7 +34,7 @@ struct Unit {
     socket: Option<(u64, u64)>,
 }
 
-/// Opens a fleet, confines the process for good, and serves until SIGTERM, SIGINT, or until every
+/// Opens a fleet, confines the process for good, and serves until a signal asks for the end, or until every
 /// device's only connection is over. `open` gives the fleet and opens one socket for each of its
 /// members, in their order. The error is a sentence.
 pub(crate) fn serve<F: Fleet>(
@@ -42,7 +42,7 @@ pub(crate) fn serve<F: Fleet>(
     open: impl FnOnce(&mut Sockets) -> Result<F, String>,
 ) -> Result<(), String> {
     let stop = signals::stop_on_term()
-        .map_err(|error| format!("cannot take over SIGTERM and SIGINT: {error}"))?;
+        .map_err(|error| format!("cannot take over the signals that end a daemon: {error}"))?;
     let limit = descriptors::raise()
         .map_err(|error| format!("cannot see how many descriptors there may be: {error}"))?;
     let mut sockets = Sockets::from_environment(operation.take_over.is_some())?;
@@ -75,8 +75,10 @@ pub(crate) fn serve<F: Fleet>(
         }
     };
     // Removes the sockets when this function returns, unless they are another daemon's.
-    let mut remover = Remover::start(sockets.made(), taking.is_none())
-        .map_err(|error| format!("cannot start a process: {error}"))?;
+    let mut remover = Remover::start(sockets.made(), taking.is_none()).map_err(|error| {
+        sockets.remove_made();
+        format!("cannot start a process: {error}")
+    })?;
     confine(operation.sandbox())?;
     let (units, admin) = match &mut taking {
         None => fresh(&fleet, sockets, admin)?,
