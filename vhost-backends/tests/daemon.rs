@@ -22,7 +22,7 @@ fn run(args: &[&str]) -> Output {
 
 #[test]
 fn serves_and_ends_on_sigterm() {
-    for signal in [libc::SIGTERM, libc::SIGINT] {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
         let disk = Disk::new(MIB);
         let daemon = Daemon::on(&disk, &["--num-queues", "2"]);
         let mut front = Frontend::connect(&disk.socket, FEATURES, 2, 64, MIB as usize);
@@ -35,6 +35,21 @@ fn serves_and_ends_on_sigterm() {
         assert!(!disk.socket.exists(), "the socket is removed");
         drop(front);
     }
+}
+
+#[test]
+fn a_hang_up_that_is_ignored_ends_nothing() {
+    let disk = Disk::new(MIB);
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]);
+    command.arg(env!("CARGO_BIN_EXE_pv-blkd"));
+    let mut daemon = Daemon::with(&mut command, &disk, &[]);
+    drop(daemon.connect(&disk.socket));
+    daemon.signal(libc::SIGHUP);
+    let mut front = Frontend::connect(&disk.socket, FEATURES, 1, 64, MIB as usize);
+    assert_eq!(front.write_sync(0, 0, &pattern(1, 4096)), 0);
+    drop(front);
+    assert_eq!(daemon.end(), (Some(0), String::new()));
 }
 
 #[test]

@@ -16,7 +16,7 @@
 //! | `serve` | opens, confines itself, and serves the fleet until the end |
 //! | `admin` | the statistics and control sockets |
 //! | `handover` | hot upgrade: what one process serves, another takes over |
-//! | `notify`, `remover`, `signals` | the service manager, socket files, SIGTERM |
+//! | `notify`, `remover`, `signals` | the service manager, socket files, the end |
 //! | `keys` | devices on the command line |
 //! | `connector` | connections to paths, from inside the sandbox |
 //! | `blk` | `pv-blkd` |
