@@ -227,6 +227,28 @@ fn an_overlay_on_an_overlay_and_a_loop_of_them() {
     Qcow2Disk::open(&top, FileOptions::default()).unwrap_err();
 }
 
+#[test]
+fn an_image_whose_data_is_in_another_file_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, top) = (dir.path().join("image"), dir.path().join("top"));
+    create_overlay(&image, &base_file(dir.path()), false).unwrap();
+    create_overlay(&top, &image, true).unwrap();
+    let mut bytes = std::fs::read(&image).unwrap();
+    // The last byte of the incompatible features of version 3.
+    bytes[79] |= 1 << 2;
+    std::fs::write(&image, bytes).unwrap();
+    for read_only in [false, true] {
+        let options = FileOptions {
+            read_only,
+            direct: false,
+        };
+        for path in [&image, &top] {
+            let refused = Qcow2Disk::open(path, options).unwrap_err().to_string();
+            assert!(refused.contains("external data file"), "{refused}");
+        }
+    }
+}
+
 fn nbd(socket: &Path, export: &str, queues: u16) -> Result<NbdStore, NbdError> {
     let address: NbdAddress = format!("unix:{}:{export}", socket.display()).parse()?;
     NbdStore::connect(address, queues, false)

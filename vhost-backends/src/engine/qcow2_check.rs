@@ -11,6 +11,10 @@ use std::os::unix::fs::FileExt;
 
 /// Bytes of a version 2 header.
 const HEADER_LEN: usize = 72;
+/// Where a version 3 header has its incompatible features.
+const INCOMPATIBLE: u64 = 72;
+/// The incompatible feature that says that data is in another file.
+const EXTERNAL_DATA: u64 = 1 << 2;
 /// Bytes of the longest table of either kind that is believed: an image of many terabytes.
 const MOST_TABLE: u64 = 32 << 20;
 /// The bits of a table's entry that are an offset.
@@ -23,7 +27,8 @@ fn malformed(what: &'static str) -> io::Error {
     )
 }
 
-/// Refuses an image whose tables are not in the file, or on top of each other.
+/// Refuses an image whose tables are not in the file, or on top of each other, or whose data is in
+/// another file: that one would be neither locked nor written.
 pub(super) fn check(file: &File) -> io::Result<()> {
     let mut header = [0; HEADER_LEN];
     file.read_exact_at(&mut header, 0)
@@ -35,6 +40,17 @@ pub(super) fn check(file: &File) -> io::Result<()> {
     }
     if !(2..=3).contains(&u32_at(4)) {
         return Err(malformed("an unknown version"));
+    }
+    if u32_at(4) == 3 {
+        let mut features = [0; 8];
+        file.read_exact_at(&mut features, INCOMPATIBLE)
+            .map_err(|_| malformed("too short for a header"))?;
+        if u64::from_be_bytes(features) & EXTERNAL_DATA != 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "qcow2 images with an external data file are not served",
+            ));
+        }
     }
     let bits = u32_at(20);
     if !(9..=21).contains(&bits) {
