@@ -82,6 +82,7 @@ fn ports_of_one_switch_with_control_and_statistics() {
         put("/ports/a/limits", "{\"packets\": 20}"),
         "HTTP/1.0 200 OK"
     );
+    assert_eq!(put("/ports/a/limits", "[]"), "HTTP/1.0 400 Bad Request");
     let start = Instant::now();
     for _ in 0..10 {
         fronts[0].send(1, &PLAIN, &sent);

@@ -186,6 +186,8 @@ fn only_the_control_socket_changes_anything() {
     for (target, body, status) in [
         ("/disks/none/limits", "{}", "404 Not Found"),
         ("/disks/disk0/limits", "", "400 Bad Request"),
+        ("/disks/disk0/limits", "[]", "400 Bad Request"),
+        ("/disks/disk0/limits", " [1, 2]", "400 Bad Request"),
         ("/disks/disk0/limits", "{\"iops\": -1}", "400 Bad Request"),
         (
             "/disks/disk0/limits",

@@ -11,6 +11,7 @@
 mod tests;
 
 use crate::limits::{MAX_RATE, MAX_RATE_BURST};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -60,6 +61,14 @@ impl Limits {
         }
         Ok(self)
     }
+}
+
+/// Limits from JSON text, by their names: a list, which serde takes for a structure too, is none.
+pub(crate) fn from_json<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    if text.trim_start().starts_with('[') {
+        return Err("limits are an object, not a list".into());
+    }
+    serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
 /// The limits of one device, shared by its queues.

@@ -7,7 +7,7 @@ mod lock;
 use super::{Denied, Fleet, Handed, Member, Sockets};
 use crate::block::{BlockDevice, BlockOptions};
 use crate::engine::{RawFile, Store};
-use crate::limit::Limits;
+use crate::limit::{self, Limits};
 use crate::session::{ConnectionEvent, Device, SessionEnd};
 use crate::stats::{DiskReport, json, prometheus};
 use cli::{Cli, OneDisk};
@@ -145,8 +145,7 @@ impl Fleet for Disks {
         let disk = disk.ok_or(Denied::NotFound("no disk has this name"))?;
         match what {
             "limits" => {
-                let limits = serde_json::from_str::<Limits>(body)
-                    .map_err(|error| error.to_string())
+                let limits = limit::from_json::<Limits>(body)
                     .and_then(|limits| limits.check().map_err(|error| error.to_string()))
                     .map_err(Denied::Bad)?;
                 disk.device.limiter().set(limits);

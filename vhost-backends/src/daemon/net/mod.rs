@@ -5,6 +5,7 @@ mod peer;
 mod report;
 
 use super::{Denied, Fleet, Follow, Member, Sockets};
+use crate::limit;
 use crate::net::{Mac, NetDevice, NetOptions};
 use crate::session::{ConnectionEvent, SessionEnd};
 use cli::{Cli, OnePort, PortLimits};
@@ -116,8 +117,7 @@ impl Fleet for Ports {
         };
         let said = match (what, body.trim()) {
             ("limits", body) => {
-                let limits = serde_json::from_str::<PortLimits>(body)
-                    .map_err(|error| error.to_string())
+                let limits = limit::from_json::<PortLimits>(body)
                     .and_then(PortLimits::check)
                     .map_err(Denied::Bad)?;
                 port.device.limiter().set(limits);
