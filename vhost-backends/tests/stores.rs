@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use support::nbd::NbdServer;
+use support::process::{Daemon, blkd, limit_file_size};
 use support::{FEATURES, Frontend, pattern, serve_store};
 use vhost_backends::engine::{
     BlockingStore, FileOptions, MemoryStore, NbdAddress, NbdError, NbdStore, NullStore, Qcow2Disk,
@@ -197,6 +198,28 @@ fn overlays_share_a_base() {
             check_image(overlay);
         }
     }
+}
+
+#[test]
+fn an_overlay_that_cannot_be_made_is_not_left() {
+    let dir = tempfile::tempdir().unwrap();
+    // An image has 1023 bytes for its base's name.
+    let deep = (0..5).fold(dir.path().to_owned(), |dir, _| dir.join("d".repeat(250)));
+    std::fs::create_dir_all(&deep).unwrap();
+    let overlay = dir.path().join("overlay");
+    create_overlay(&overlay, &base_file(&deep), false).unwrap_err();
+    assert!(!overlay.exists());
+    // And where no more may be written, in the daemon.
+    let mut daemon = blkd();
+    limit_file_size(&mut daemon, 64 << 10);
+    daemon.arg("--socket-path").arg(dir.path().join("socket"));
+    daemon.arg("--blk-file").arg(base_file(dir.path()));
+    let daemon = Daemon::start(daemon.arg("--overlay").arg(&overlay));
+    let (code, said) = daemon.wait();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("cannot make the overlay"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(!overlay.exists());
 }
 
 /// Asks qemu-img whether the image is sound, where it is installed.

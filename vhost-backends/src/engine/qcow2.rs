@@ -18,6 +18,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use tracing::subscriber::NoSubscriber;
 
 /// A qcow2 image.
 #[derive(Debug)]
@@ -82,7 +83,7 @@ impl Qcow2Disk {
 }
 
 /// Makes a qcow2 image that holds what differs from `base`, a raw file of `len` bytes, or a qcow2 image.
-/// Fails if there is a file already.
+/// Fails if there is a file already; what could not be made is not left.
 pub fn create_overlay(path: &Path, base: &Path, qcow2: bool) -> io::Result<()> {
     let base = base.canonicalize()?;
     let options = FileOptions {
@@ -99,10 +100,17 @@ pub fn create_overlay(path: &Path, base: &Path, qcow2: bool) -> io::Result<()> {
         .ok_or_else(|| io::Error::other("the base's path is not text"))?;
     let format = if qcow2 { "qcow2" } else { "raw" };
     let file = File::create_open(StorageCreateOptions::new().filename(path).overwrite(false))?;
-    Qcow2CreateBuilder::<File>::new(file)
-        .size(len)
-        .backing(name.into(), format.into())
-        .create()
+    let create = || {
+        Qcow2CreateBuilder::<File>::new(file)
+            .size(len)
+            .backing(name.into(), format.into())
+            .create()
+    };
+    // The error says all: that an image in the making was not flushed is nobody's news.
+    tracing::subscriber::with_default(NoSubscriber::new(), create).inspect_err(|_| {
+        // It was just made here, and is no image.
+        let _ = std::fs::remove_file(path);
+    })
 }
 
 impl BlockingDisk for Qcow2Disk {
