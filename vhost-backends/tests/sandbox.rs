@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
+use support::daemon::Managed;
 use support::process::{Daemon, TIMEOUT, blkd};
 use support::{Disk, FEATURES, Frontend, pattern};
 
@@ -238,6 +239,25 @@ fn a_daemon_without_a_second_process_leaves_no_socket() {
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("cannot start a process"), "{said}");
     assert!(!disk.socket.exists());
+}
+
+#[test]
+fn a_control_socket_is_private_from_its_first_moment() {
+    let mut command = Command::new("sh");
+    command.args(["-c", "umask 0; exec \"$0\" \"$@\""]);
+    command.arg(env!("CARGO_BIN_EXE_pv-blkd"));
+    // Seem to succeed, and change nothing: what is seen is the mode at first.
+    let changes = [libc::SYS_chmod, libc::SYS_fchmod, libc::SYS_fchmodat];
+    without(&mut command, &changes, 0);
+    let mut managed = Managed::with(command, &[]);
+    drop(managed.daemon.connect(&managed.control));
+    let mode = |path: &std::path::Path| {
+        let metadata = std::fs::metadata(path).unwrap();
+        metadata.permissions().mode() & 0o777
+    };
+    assert_eq!(mode(&managed.control), 0o600);
+    assert_eq!(mode(&managed.stats), 0o777, "the umask is as it was");
+    assert_eq!(managed.daemon.end().0, Some(0));
 }
 
 #[test]

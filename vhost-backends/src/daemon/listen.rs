@@ -1,6 +1,6 @@
 //! Where the frontend comes from: a path, or an inherited socket.
 #![allow(unsafe_code)]
-// UNSAFETY: a descriptor number from the command line becomes an owned descriptor.
+// UNSAFETY: a descriptor number from the command line becomes an owned descriptor; umask.
 
 use super::options::SocketArgs;
 use crate::dial::SocketAddress;
@@ -144,7 +144,7 @@ impl Sockets {
             let path = args.socket_path.map(|path| self.await_path(path));
             Socket::Awaited(path.transpose()?)
         } else if let Some(path) = args.socket_path {
-            let (listener, path) = listen(path)?;
+            let (listener, path) = listen(path, false)?;
             self.made.push(path.clone());
             Socket::Listening(listener, Some(path))
         } else {
@@ -174,10 +174,10 @@ impl Sockets {
 
     /// A listening socket of a device's own, for this user alone if `private`.
     pub(crate) fn listen(&mut self, path: &Path, private: bool) -> Result<UnixListener, String> {
-        let (listener, made) = listen(path.to_owned())?;
+        let (listener, made) = listen(path.to_owned(), private)?;
         self.made.push(made);
         if private {
-            // Connecting takes the right to write to the file.
+            // As it is already, but for folders whose own rules come before the umask.
             fs::set_permissions(path, fs::Permissions::from_mode(0o600))
                 .map_err(|error| format!("cannot protect {}: {error}", path.display()))?;
         }
@@ -211,18 +211,32 @@ impl Sockets {
     }
 }
 
-fn listen(path: PathBuf) -> Result<(UnixListener, SocketPath), String> {
+fn listen(path: PathBuf, private: bool) -> Result<(UnixListener, SocketPath), String> {
     let shown = path.display().to_string();
     let cannot = |error: io::Error| format!("cannot listen on {shown}: {error}");
-    let listener = match UnixListener::bind(&path) {
+    let listener = match bind(&path, private) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(&path)?;
-            UnixListener::bind(&path).map_err(cannot)?
+            bind(&path, private).map_err(cannot)?
         }
         result => result.map_err(cannot)?,
     };
     let identity = identity(&path).map_err(cannot)?;
     Ok((listener, SocketPath { path, identity }))
+}
+
+/// A socket that only this user may connect to if `private`, from its first moment: connecting takes
+/// the right to write to the file. The caller has one thread.
+fn bind(path: &Path, private: bool) -> io::Result<UnixListener> {
+    if !private {
+        return UnixListener::bind(path);
+    }
+    // SAFETY: takes no pointer, and cannot fail.
+    let before = unsafe { libc::umask(0o177) };
+    let bound = UnixListener::bind(path);
+    // SAFETY: as above.
+    unsafe { libc::umask(before) };
+    bound
 }
 
 /// Removes a socket that nobody listens on; refuses anything else.
