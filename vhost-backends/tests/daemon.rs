@@ -354,6 +354,19 @@ fn output_that_nobody_reads_is_no_bug() {
 }
 
 #[test]
+fn output_that_is_lost_is_an_error() {
+    for args in ["--help", "--version", "--print-capabilities", "--self-test"] {
+        let full = std::fs::File::options().write(true).open("/dev/full");
+        let mut command = blkd();
+        let output = command.arg(args).stdout(full.unwrap()).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args}: {said}");
+        assert!(said.contains("cannot write to standard output"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
+
+#[test]
 fn a_peer_fills_neither_the_log_nor_its_time() {
     let disk = Disk::new(MIB);
     let daemon = Daemon::on(&disk, &["--verbose"]);

@@ -1,6 +1,7 @@
 //! A daemon's outside: its log, its exit code, and what it prints instead of serving.
 //!
-//! Nobody need read what it prints: output that cannot be written is lost, and nothing else.
+//! Nobody need read what it prints: output to a pipe without a reader is lost, and nothing else. What
+//! cannot be written otherwise is an error of what is printed instead of serving.
 
 use super::options::Operation;
 use crate::sandbox::{Outcome, Sandbox, probe_all};
@@ -19,7 +20,10 @@ pub(crate) fn parse<C: Parser>(args: impl IntoIterator<Item = OsString>) -> Resu
             let _ = writeln!(io::stderr(), "{}: {said}; try --help", name.get_name());
         } else {
             // Help and version are no errors, and go to standard output.
-            let _ = error.print();
+            if let Err(sentence) = written(error.print()) {
+                let _ = writeln!(io::stderr(), "{}: {sentence}", C::command().get_name());
+                return ExitCode::FAILURE;
+            }
         }
         ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
     })
@@ -40,10 +44,6 @@ pub(crate) fn start(
     capabilities: &serde_json::Value,
     serve: impl FnOnce() -> Result<(), String>,
 ) -> ExitCode {
-    if operation.print_capabilities {
-        print(format_args!("{capabilities}"));
-        return ExitCode::SUCCESS;
-    }
     let level = if operation.verbose {
         tracing::Level::INFO
     } else {
@@ -59,7 +59,9 @@ pub(crate) fn start(
         .try_init();
     // The default hook may read debug information, for which there are no paths in the sandbox.
     std::panic::set_hook(Box::new(|info| tracing::error!("bug: {info}")));
-    let outcome = if operation.self_test {
+    let outcome = if operation.print_capabilities {
+        print(format_args!("{capabilities}"))
+    } else if operation.self_test {
         self_test(operation.sandbox())
     } else {
         serve()
@@ -73,8 +75,18 @@ pub(crate) fn start(
     }
 }
 
-fn print(line: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stdout(), "{line}");
+/// The error is a sentence.
+fn print(line: fmt::Arguments<'_>) -> Result<(), String> {
+    written(writeln!(io::stdout(), "{line}"))
+}
+
+fn written(result: io::Result<()>) -> Result<(), String> {
+    match result.and_then(|()| io::stdout().flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(format!("cannot write to standard output: {error}"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn self_test(sandbox: Sandbox) -> Result<(), String> {
@@ -82,7 +94,7 @@ fn self_test(sandbox: Sandbox) -> Result<(), String> {
         probe_all(sandbox).map_err(|error| format!("cannot start a process: {error}"))?;
     let mut open = 0;
     for (probe, outcome) in outcomes {
-        print(format_args!("{:<12} {outcome}", probe.name));
+        print(format_args!("{:<12} {outcome}", probe.name))?;
         open += usize::from(matches!(outcome, Outcome::Allowed | Outcome::NotEntered));
     }
     match open {
