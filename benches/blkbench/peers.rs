@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+/// How long a program may take to end when it is asked to.
+const TIME_TO_END: Duration = Duration::from_secs(5);
+
 /// How the disk is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Store {
@@ -137,6 +140,16 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        // As one that lets go of the image: a killed one keeps the lock for as long as the kernel still
+        // has requests of its in hand, and the next program has to find it free.
+        let asked = Command::new("kill").arg(self.0.id().to_string()).status();
+        let until = Instant::now() + TIME_TO_END;
+        while asked.is_ok() && Instant::now() < until {
+            if !matches!(self.0.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
