@@ -10,11 +10,12 @@ mod larger;
 pub use lan::Lan;
 pub use larger::Larger;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vhost_backends::block::{BlockDevice, BlockOptions};
@@ -231,6 +232,24 @@ fn slowness() -> u64 {
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A `vmm-under-test` with that disk image and so many spare processes, whose guest ticks by now.
+///
+/// # Errors
+/// When it cannot be started, or says something else than that its guest ticks.
+pub fn ticking_vmm(accel: Accel, image: &Path, spares: u32) -> anyhow::Result<Child> {
+    let mut vmm = Command::new(beside("vmm-under-test")?);
+    vmm.arg(accel.name()).arg(image);
+    if spares > 0 {
+        vmm.arg(spares.to_string());
+    }
+    let mut vmm = vmm.stdout(Stdio::piped()).spawn()?;
+    let mut line = String::new();
+    let output = vmm.stdout.take().context("no standard output")?;
+    BufReader::new(output).read_line(&mut line)?;
+    ensure!(line == "ticking\n", "vmm-under-test said {line:?}");
+    Ok(vmm)
 }
 
 /// The children of a process, by all of its threads.

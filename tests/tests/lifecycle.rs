@@ -1,11 +1,11 @@
 //! VMs come and go: many in one process, dropped in any state, killed with their VMM.
 
 use paravane_tests::{
-    accels, alive, alone, beside, blank_image, children_of, disk, patience, suite_vm, wait_until,
+    accels, alive, alone, blank_image, children_of, disk, patience, suite_vm, ticking_vmm,
+    wait_until,
 };
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 use vmm_core::{
@@ -109,17 +109,7 @@ fn a_killed_vmm_leaves_no_child() {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("disk.img");
         blank_image(&image).unwrap();
-        let mut vmm = Command::new(beside("vmm-under-test").unwrap())
-            .arg(accel.name())
-            .arg(&image)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(vmm.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
-        assert_eq!(line, "ticking\n");
+        let mut vmm = ticking_vmm(accel, &image, 0).unwrap();
         let children = children_of(vmm.id());
         // A backend, and on process the guest itself.
         assert_eq!(

@@ -2,12 +2,10 @@
 //! trouble. On process alone; kvm has none.
 
 use paravane_tests::{
-    accels, alive, alone, beside, blank_image, children_of, patience, suite_vm, wait_until,
+    accels, alive, alone, blank_image, children_of, patience, suite_vm, ticking_vmm, wait_until,
 };
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use vmm_core::{Accel, ExitReason, Spares, VmHandle};
 
@@ -333,20 +331,7 @@ fn spare_processes_die_with_the_vmm() {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("disk.img");
     blank_image(&image).unwrap();
-    let mut vmm = Command::new(beside("vmm-under-test").unwrap())
-        .args([
-            Accel::Process.name().as_ref(),
-            image.as_os_str(),
-            "3".as_ref(),
-        ])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    BufReader::new(vmm.stdout.take().unwrap())
-        .read_line(&mut line)
-        .unwrap();
-    assert_eq!(line, "ticking\n");
+    let mut vmm = ticking_vmm(Accel::Process, &image, 3).unwrap();
     // The guest, its backend, and those that wait.
     wait_until("no spare processes", || children_of(vmm.id()).len() == 5);
     let children = children_of(vmm.id());

@@ -167,7 +167,7 @@ fn waiting(folder: &Path, packed: bool) -> Option<(Front, Daemon)> {
     front.start(front.base).unwrap();
     front.submit(0, Op::Flush, 0);
     front.notify();
-    settle(&mut front, 1);
+    front.settle(1);
     drop(server);
     front.memory.fill(DATA + BLOCK, &pattern(5, BLOCK as usize));
     front.submit(1, Op::Write, 8);
@@ -176,16 +176,6 @@ fn waiting(folder: &Path, packed: bool) -> Option<(Front, Daemon)> {
     std::thread::sleep(Duration::from_millis(300));
     assert!(front.reap().is_empty(), "it waits");
     Some((front, daemon))
-}
-
-fn settle(front: &mut Front, count: usize) {
-    let deadline = Instant::now() + TIMEOUT;
-    let mut done = 0;
-    while done < count {
-        done += front.reap().len();
-        assert!(Instant::now() < deadline, "no completion");
-        std::thread::yield_now();
-    }
 }
 
 #[test]
@@ -231,7 +221,7 @@ fn what_waits_for_a_lost_server_stays_in_the_log() {
         front.connect(&folder.path().join("blk.sock"));
         front.negotiate(true).unwrap();
         front.start(front.forgetful_base()).unwrap();
-        settle(&mut front, 2);
+        front.settle(2);
         let written = std::fs::read(&image).unwrap();
         assert!(written[4096..8192] == pattern(5, BLOCK as usize));
         // A frontend that hangs up, and comes back to the same daemon.
@@ -247,7 +237,7 @@ fn what_waits_for_a_lost_server_stays_in_the_log() {
         front.negotiate(true).unwrap();
         front.start(front.forgetful_base()).unwrap();
         let _server = NbdServer::nbdkit(&nbd, &image).unwrap();
-        settle(&mut front, 1);
+        front.settle(1);
         let written = std::fs::read(&image).unwrap();
         assert!(written[8192..12288] == pattern(6, BLOCK as usize));
         drop(front);

@@ -1,7 +1,7 @@
 //! The entropy device's queue, by hand: moved between vCPUs, and for exact counts.
 
 use crate::devices::{RawSetup, reset};
-use crate::{Case, Outcome, ensure, text};
+use crate::{Case, Outcome, ensure, text, thin};
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use core::time::Duration;
 use guest_sdk::flat::{Boot, smp};
@@ -84,8 +84,7 @@ fn queue_moves(boot: &Boot) -> Outcome {
     let mut raw = RawEntropy::new(boot)?;
     smp::start(1, |_| wait_all_the_time(), 0).map_err(text("start"))?;
     let start = platform.now_ns();
-    let thin = boot.argument("thin").and_then(|n| n.parse().ok());
-    for round in 0..MOVES / thin.unwrap_or(1).max(1) {
+    for round in 0..MOVES / thin(boot) {
         raw.publish(1);
         raw.forget();
         raw.setup.vcpu = (round + 1) % 2;

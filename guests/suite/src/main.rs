@@ -30,6 +30,12 @@ type Outcome = Result<(), String>;
 /// A case: its stable id, and what it does.
 type Case = (&'static str, fn(&Boot) -> Outcome);
 
+/// By how much loops are to be shorter, on emulated machines: 1 anywhere else.
+fn thin(boot: &Boot) -> u32 {
+    let thin = boot.argument("thin").and_then(|n| n.parse().ok());
+    thin.unwrap_or(1).max(1)
+}
+
 /// Fails a case with a message unless the condition holds.
 #[macro_export]
 macro_rules! ensure {

@@ -7,7 +7,7 @@
 use crate::cards::{BUFFER, RawCard};
 use crate::devices::reset;
 use crate::net::{LENGTHS, MAC, card, frame, round_trip};
-use crate::{Case, Outcome, ensure, text};
+use crate::{Case, Outcome, ensure, text, thin};
 use alloc::string::String;
 use alloc::vec::Vec;
 use alloc::{format, vec};
@@ -184,8 +184,7 @@ fn bad_setup(boot: &Boot) -> Outcome {
 /// Frames of every length, and chains too short for a header; on emulated machines (`thin`) one of
 /// so many in the middle. Nobody takes them in: each comes back, and the host counts why.
 fn every_length(boot: &Boot) -> Outcome {
-    let thin = boot.argument("thin").and_then(|n| n.parse().ok());
-    let thin: usize = thin.unwrap_or(1);
+    let thin = thin(boot) as usize;
     let mut card = start(boot, card_feature::MRG_RXBUF)?;
     card.write(&packet(&[], &frame(MAC, 1, LENGTHS.1)));
     let longest = LENGTHS.1 + 12;

@@ -402,6 +402,17 @@ impl Front {
         self.memory.get(USED + 2)
     }
 
+    /// Waits until so many were given back.
+    pub(crate) fn settle(&mut self, count: usize) {
+        let deadline = Instant::now() + TIMEOUT;
+        let mut done = 0;
+        while done < count {
+            done += self.reap().len();
+            assert!(Instant::now() < deadline, "no completion");
+            std::thread::yield_now();
+        }
+    }
+
     /// The tokens that were given back since the last look. Each was outstanding, its status is
     /// there, and the used index went forward only.
     pub(crate) fn reap(&mut self) -> Vec<u16> {
