@@ -75,7 +75,7 @@ pub enum BuildError {
         source: std::io::Error,
     },
     /// The guest was built and is refused.
-    #[error("guest `{package}` ({}) is refused: {source}", path.display())]
+    #[error("guest `{package}` ({}) is refused", path.display())]
     Refused {
         /// The package.
         package: String,
@@ -87,13 +87,19 @@ pub enum BuildError {
     },
 }
 
+impl From<elf::ParseError> for CheckError {
+    fn from(error: elf::ParseError) -> CheckError {
+        CheckError::Elf(error)
+    }
+}
+
 /// Why an ELF is refused as a guest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckError {
     /// Not an ELF file that can be read.
     #[error("it cannot be read as an ELF file ({0}): give the executable that the build produced")]
-    Elf(#[from] elf::ParseError),
+    Elf(elf::ParseError),
     /// An ELF for something else.
     #[error("it is not a static x86-64 executable ({0}): link it with guest-build's link.ld")]
     NotAGuest(&'static str),

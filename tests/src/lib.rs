@@ -12,7 +12,7 @@ pub use larger::Larger;
 
 use anyhow::{Context, bail, ensure};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -41,7 +41,8 @@ pub fn accels() -> anyhow::Result<Vec<Accel>> {
                 .filter(|accel| match accel.check() {
                     Ok(()) => true,
                     Err(error) => {
-                        println!("SKIPPED: everything on {accel}: {error}");
+                        let error = anyhow::Error::new(error);
+                        skipped(&format!("everything on {accel}: {error:#}"));
                         false
                     }
                 })
@@ -56,6 +57,17 @@ pub fn accels() -> anyhow::Result<Vec<Accel>> {
             .with_context(|| format!("PV_ACCEL={forced} forces {accel}"))?;
     }
     Ok(wanted)
+}
+
+/// Says once that something was left out, and why, past a test runner that keeps what tests print.
+pub fn skipped(what: &str) {
+    static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    if !said.iter().any(|before| before == what) {
+        said.push(what.to_owned());
+        // On a line of its own, behind the name of the test that runs.
+        let _ = writeln!(std::io::stderr(), "\nSKIPPED: {what}");
+    }
 }
 
 /// Where the backend of a disk runs.

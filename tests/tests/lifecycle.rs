@@ -1,7 +1,7 @@
 //! VMs come and go: many in one process, dropped in any state, killed with their VMM.
 
 use paravane_tests::{
-    accels, alive, alone, blank_image, children_of, disk, patience, suite_vm, ticking_vmm,
+    accels, alive, alone, blank_image, children_of, disk, patience, skipped, suite_vm, ticking_vmm,
     wait_until,
 };
 use std::fs;
@@ -492,11 +492,11 @@ fn outer_layers(guest: u32, report: &SandboxReport) {
             let ours = namespace("self", kind).unwrap();
             match namespace(&guest, kind) {
                 Ok(its) => assert_eq!(its != ours, says(layer), "{kind}: {report:?}"),
-                Err(error) => println!("SKIPPED: the {kind} namespace cannot be seen: {error}"),
+                Err(error) => skipped(&format!("the {kind} namespace cannot be seen: {error}")),
             }
         }
         if !says(layer) {
-            println!("SKIPPED: {layer}: this host refuses it");
+            skipped(&format!("{layer}: this host refuses it"));
         }
     }
     // What a process is under is nowhere to be read; but where Landlock is, nobody is refused it.
@@ -509,7 +509,7 @@ fn landlock() -> bool {
     // SAFETY: asks for the version: no structure is read.
     let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) };
     if version <= 0 {
-        println!("SKIPPED: Landlock: not in this host's kernel");
+        skipped("Landlock: not in this host's kernel");
     }
     version > 0
 }

@@ -2,7 +2,8 @@
 //! trouble. On process alone; kvm has none.
 
 use paravane_tests::{
-    accels, alive, alone, blank_image, children_of, patience, suite_vm, ticking_vmm, wait_until,
+    accels, alive, alone, blank_image, children_of, patience, skipped, suite_vm, ticking_vmm,
+    wait_until,
 };
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +14,7 @@ use vmm_core::{Accel, ExitReason, Spares, VmHandle};
 fn wanted() -> bool {
     let wanted = accels().unwrap().contains(&Accel::Process);
     if !wanted {
-        println!("SKIPPED: PV_ACCEL leaves the process accel out");
+        skipped("spare processes: PV_ACCEL leaves the process accel out");
     }
     wanted
 }

@@ -167,10 +167,10 @@ pub struct PeerLost {
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
     /// The guest broke a rule.
-    #[error("guest: {0}")]
+    #[error("the guest broke a rule")]
     Guest(#[from] Violation),
     /// The host could not do something.
-    #[error("host: {0}")]
+    #[error("the host could not do something")]
     Host(#[from] io::Error),
     /// A backend went away.
     #[error(transparent)]

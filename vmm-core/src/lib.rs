@@ -65,7 +65,7 @@ mod pidfd;
 mod vm;
 
 pub use accel::process::{SpareCounts, Spares};
-pub use accel::{Accel, AccelError, SandboxReport};
+pub use accel::{Accel, AccelError, HostFeature, SandboxReport};
 pub use device::block::BlockConfig;
 pub use device::net::NetConfig;
 pub use device::vhost_user::DeviceConfig;

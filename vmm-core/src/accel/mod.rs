@@ -4,8 +4,11 @@
 //! [`Vcpu::run`] returns when the guest wants something. Everything above this seam is the same on
 //! all of them.
 
+pub(crate) mod host;
 pub(crate) mod kvm;
 pub(crate) mod process;
+
+pub use host::HostFeature;
 
 use crate::fault::{GuestFault, Violation};
 use crate::memory::GuestMemory;
@@ -32,7 +35,7 @@ pub enum Accel {
 pub enum AccelError {
     /// `/dev/kvm` is absent or may not be opened.
     #[error(
-        "cannot use /dev/kvm: {source}; load the kvm module, join the kvm group, or use the process accel"
+        "cannot use /dev/kvm: load the kvm module, join the kvm group, or use the process accel"
     )]
     NoKvm {
         /// Why.
@@ -44,8 +47,20 @@ pub enum AccelError {
         /// What.
         what: &'static str,
     },
+    /// The host lacks something that this accel needs, or keeps this program from it.
+    #[error("the {accel} accel cannot be used: this host lacks {feature}; {advice}")]
+    HostLacks {
+        /// Who needs it.
+        accel: Accel,
+        /// What.
+        feature: HostFeature,
+        /// What to do about it.
+        advice: String,
+        /// What the host said, where it says anything.
+        source: Option<io::Error>,
+    },
     /// A host call failed while the VM was made.
-    #[error("cannot make the VM: {step}: {source}")]
+    #[error("cannot make the VM: {step}")]
     Host {
         /// What was being done.
         step: &'static str,
@@ -76,15 +91,15 @@ impl Accel {
         }
     }
 
-    /// Whether this accel can be used here.
+    /// Whether this accel can be used here; [`VmBuilder::build`](crate::VmBuilder::build) asks too.
     ///
     /// # Errors
     /// The reason why not, with what to do about it.
     pub fn check(self) -> Result<(), AccelError> {
-        match self {
-            Accel::Kvm => kvm::check(),
-            Accel::Process => Ok(()),
+        if self == Accel::Kvm {
+            kvm::check()?;
         }
+        host::check(self)
     }
 
     /// `kvm`, `process`, or `auto` for [`Accel::auto`].
@@ -113,6 +128,15 @@ impl Accel {
         match self {
             Accel::Kvm => Some(kvm::kick_signal()),
             Accel::Process => None,
+        }
+    }
+
+    /// Most vCPUs that a VM can have here.
+    pub(crate) fn max_vcpus(self) -> Result<u32, AccelError> {
+        let most = pv_abi::limits::MAX_VCPUS;
+        match self {
+            Accel::Kvm => Ok(kvm::max_vcpus()?.min(most)),
+            Accel::Process => Ok(most),
         }
     }
 

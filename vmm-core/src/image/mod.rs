@@ -25,7 +25,7 @@ use zerocopy::FromBytes;
 #[non_exhaustive]
 pub enum ImageError {
     /// The file cannot be read.
-    #[error("cannot read the guest image {path}: {source}")]
+    #[error("cannot read the guest image {path}")]
     Io {
         /// The file.
         path: String,

@@ -12,7 +12,7 @@ use super::threads;
 use super::wanted::{Wanted, slots};
 use super::{LogLevel, VmEvent};
 use crate::accel::process::{self, Spares};
-use crate::accel::{Accel, AccelError, AccelInput, Reporter};
+use crate::accel::{Accel, AccelError, AccelInput, HostFeature, Reporter, host};
 use crate::device::block::BlockConfig;
 use crate::device::console::{Console, Input};
 use crate::device::local::{LocalEndpoint, LocalThread};
@@ -72,7 +72,7 @@ pub enum BuildError {
     #[error(transparent)]
     Accel(#[from] AccelError),
     /// A backend could not be started or reached.
-    #[error("device {name:?}: {source}")]
+    #[error("the backend of device {name:?} could not be started or reached")]
     Backend {
         /// The device.
         name: String,
@@ -80,7 +80,7 @@ pub enum BuildError {
         source: io::Error,
     },
     /// A host call failed.
-    #[error("cannot make the VM: {0}")]
+    #[error("cannot make the VM")]
     Host(#[from] io::Error),
 }
 
@@ -357,6 +357,18 @@ impl VmBuilder {
         clock::prepare();
         self.check()?;
         let accel = self.accel.unwrap_or_else(Accel::auto);
+        accel.check()?;
+        let (vcpus, room) = (self.vcpus, accel.max_vcpus()?);
+        if vcpus > room {
+            return Err(BuildError::OutOfRange {
+                what: "the number of vCPUs",
+                value: vcpus.into(),
+                range: format!("1 to {room}, as this host's KVM has room for no more"),
+            });
+        }
+        if self.prefault {
+            host::require(HostFeature::PopulateWrite, accel)?;
+        }
         let features = self.features();
         let missing = self.image.note().needed_features & !features;
         if missing != 0 {

@@ -35,7 +35,7 @@ pub enum VmError {
     #[error("the VM has no {0}")]
     NoDevice(&'static str),
     /// A host call failed.
-    #[error("host: {0}")]
+    #[error("the host could not do it")]
     Host(#[from] io::Error),
 }
 

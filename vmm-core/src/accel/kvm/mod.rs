@@ -16,7 +16,7 @@ mod vm;
 pub(crate) use vcpu::kick_signal;
 
 use super::{AccelError, AccelInput, Parts};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 use std::io;
 use std::sync::OnceLock;
@@ -58,6 +58,10 @@ fn system() -> Result<&'static System, AccelError> {
         return Ok(system);
     }
     let kvm = Kvm::new().map_err(|e| AccelError::NoKvm { source: errno(e) })?;
+    if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
+        let what = "version 12 of its interface";
+        return Err(AccelError::KvmLacks { what });
+    }
     for (cap, what) in [
         (Cap::UserMemory, "user memory regions"),
         (Cap::Ioeventfd, "ioeventfd"),
@@ -75,6 +79,10 @@ fn system() -> Result<&'static System, AccelError> {
 
 pub(super) fn check() -> Result<(), AccelError> {
     system().map(|_| ())
+}
+
+pub(super) fn max_vcpus() -> Result<u32, AccelError> {
+    Ok(u32::try_from(system()?.kvm.get_max_vcpus()).unwrap_or(u32::MAX))
 }
 
 /// Makes it; `meanwhile` is done while the first vCPU's thread makes that vCPU.

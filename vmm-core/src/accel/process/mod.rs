@@ -28,6 +28,7 @@ mod watch;
 mod wire;
 
 pub use spares::{SpareCounts, Spares};
+pub(super) use spawn::prepare as executable;
 pub(crate) use vm::{begin, create};
 
 use pv_abi::vcpu::VcpuPage;

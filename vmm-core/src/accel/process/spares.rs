@@ -6,6 +6,7 @@
 //! process dies when the embedder's does, and whoever holds none of it keeps none of it alive.
 
 use super::stub::Stub;
+use crate::accel::Accel;
 use crate::limits::{MAX_SPARES, SPARE_DELAY, SPARE_PAUSE};
 use std::collections::VecDeque;
 use std::io;
@@ -60,13 +61,14 @@ impl Spares {
     /// Keeps so many processes spare, 1 to 64; returns before the first of them is there.
     ///
     /// # Errors
-    /// [`io::ErrorKind::InvalidInput`] for a number outside that range; when the thread that makes
-    /// them cannot be started.
+    /// [`io::ErrorKind::InvalidInput`] for a number outside that range; where the process accel
+    /// cannot be used ([`Accel::check`]); when the thread that makes them cannot be started.
     pub fn new(count: usize) -> io::Result<Spares> {
         if !(1..=MAX_SPARES).contains(&count) {
             let range = format!("the number of spares is {count}; it must be 1 to {MAX_SPARES}");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, range));
         }
+        Accel::Process.check().map_err(io::Error::other)?;
         let shelf = Arc::new(Shelf {
             wanted: count,
             state: Mutex::default(),

@@ -17,6 +17,14 @@ const NAME: &CStr = c"pv-guest";
 /// Stack of the child until it executes the stub.
 const CHILD_STACK: usize = 32 << 10;
 
+/// Makes the file that is executed, unless there is one.
+///
+/// # Errors
+/// Why no executable file can be had on this host.
+pub(in crate::accel) fn prepare() -> io::Result<()> {
+    executable().map(|_| ())
+}
+
 /// A file from which the stub can be executed, made once.
 fn executable() -> io::Result<&'static File> {
     static FILE: OnceLock<File> = OnceLock::new();
@@ -45,17 +53,22 @@ fn executable() -> io::Result<&'static File> {
 }
 
 fn executable_memfd() -> io::Result<File> {
-    // MFD_EXEC is refused by kernels before 6.3, which do not need it.
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    for flags in [flags | libc::MFD_EXEC, flags] {
+    let made = |flags| {
         // SAFETY: a valid name; the descriptor is fresh.
         let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
-        if fd >= 0 {
-            // SAFETY: nothing else owns it.
-            return Ok(unsafe { File::from_raw_fd(fd) });
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
         }
+        // SAFETY: nothing else owns it.
+        Ok(unsafe { File::from_raw_fd(fd) })
+    };
+    match made(flags | libc::MFD_EXEC) {
+        // Kernels before 6.3 do not know the flag, and do not need it. Where it is refused for another
+        // reason, a memfd without it could not be executed.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => made(flags),
+        other => other,
     }
-    Err(io::Error::last_os_error())
 }
 
 /// Hosts that forbid executable memfds (`vm.memfd_noexec` = 2): an unlinked file.
@@ -70,12 +83,27 @@ fn executable_temporary() -> io::Result<File> {
             .mode(0o500)
             .custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC)
             .open(directory);
-        match opened {
+        match opened.and_then(executes) {
             Ok(file) => return Ok(file),
             Err(error) => last = error,
         }
     }
     Err(last)
+}
+
+/// The file, unless it lies where nothing may be executed.
+fn executes(file: File) -> io::Result<File> {
+    // SAFETY: filled by the kernel before it is read; the descriptor is open.
+    unsafe {
+        let mut about: libc::statvfs = std::mem::zeroed();
+        if libc::fstatvfs(file.as_raw_fd(), &raw mut about) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if about.f_flag & libc::ST_NOEXEC != 0 {
+            return Err(io::Error::from_raw_os_error(libc::EACCES));
+        }
+    }
+    Ok(file)
 }
 
 /// The started stub.
@@ -174,14 +202,14 @@ extern "C" fn child(plan: *mut libc::c_void) -> libc::c_int {
     let plan: *mut Plan = plan.cast();
     // SAFETY: the parent is suspended and has left a valid plan; nothing is allocated or locked.
     unsafe {
-        let errno = prepare(&*plan);
+        let errno = become_stub(&*plan);
         (&raw mut (*plan).failed).write_volatile(errno);
         libc::_exit(127)
     }
 }
 
 /// Returns only when something failed: the errno.
-unsafe fn prepare(plan: &Plan) -> libc::c_int {
+unsafe fn become_stub(plan: &Plan) -> libc::c_int {
     // SAFETY: system calls on plain values and on strings that the plan owns.
     unsafe {
         let errno = || *libc::__errno_location();

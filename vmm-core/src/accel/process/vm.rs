@@ -138,7 +138,11 @@ pub(crate) fn create(
     let stub = match arm(stub, handed) {
         // It is dead by now, and had no guest in it.
         Err(error) if spare => {
-            tracing::info!(%error, "a spare process could not be used: another one is started");
+            let error: &dyn std::error::Error = &error;
+            tracing::info!(
+                error,
+                "a spare process could not be used: another one is started"
+            );
             let stub = start(true)?;
             let handed = hand_over(&stub);
             arm(stub, handed)?
