@@ -55,6 +55,18 @@
 //! | [`block`], [`net`], [`console`], [`rng`], [`clock`] | the drivers |
 //! | [`limits`] | every bound, with its reason |
 #![no_std]
+// What a device or a host says ends no guest.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::print_stdout,
+        clippy::print_stderr,
+        clippy::exit,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic
+    )
+)]
 
 extern crate alloc;
 #[cfg(test)]

@@ -23,6 +23,18 @@
 //! | [`limits`] | every bound, with its reason |
 #![no_std]
 #![forbid(unsafe_code)]
+// Both sides compile it: neither ends for what the other wrote.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::print_stdout,
+        clippy::print_stderr,
+        clippy::exit,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic
+    )
+)]
 
 pub mod boot;
 pub mod call;

@@ -100,6 +100,19 @@
 //! A program that serves what it does not trust also confines itself, once all is open, with
 //! [`sandbox::Sandbox::enter`].
 
+// It may live in somebody else's process, and frontends are nobody's friends.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::print_stdout,
+        clippy::print_stderr,
+        clippy::exit,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic
+    )
+)]
+
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("the host side of Paravane is for Linux on x86-64");
 

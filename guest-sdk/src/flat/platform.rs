@@ -172,6 +172,7 @@ unsafe impl Platform for Flat {
 }
 
 /// A pointer to a fixed guest-physical address of the ABI, none of which is zero.
+#[allow(clippy::panic)] // In the compiler alone: all of its callers are constants.
 const fn fixed<T>(address: u64) -> NonNull<T> {
     let pointer = core::ptr::without_provenance_mut::<T>(address as usize);
     match NonNull::new(pointer) {
