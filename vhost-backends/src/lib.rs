@@ -121,6 +121,7 @@ pub mod block;
 pub mod daemon;
 mod dial;
 pub mod engine;
+mod folder;
 pub mod limit;
 pub mod limits;
 pub mod net;

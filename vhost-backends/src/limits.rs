@@ -68,10 +68,16 @@ pub const MAX_PORTS: usize = 64;
 pub const MAX_DISKS: usize = 64;
 /// Bytes of one request to the statistics or control socket, with its head.
 pub const MAX_ADMIN_REQUEST: usize = 4096;
-/// Seconds that a client of these sockets has, one after the other.
+/// Seconds that a client of these sockets has to ask, and to take the answer.
 pub const ADMIN_TIMEOUT_SECS: u64 = 2;
+/// Clients of one of these sockets at a time; one more ends the one that came first. Each costs a
+/// descriptor and the bytes of a request or of an answer.
+pub const MAX_ADMIN_CLIENTS: usize = 16;
 /// Seconds that a hot upgrade may keep queues stopped before the old daemon goes on.
 pub const HANDOVER_SECS: u64 = 10;
+/// Seconds of these that a device may take to stop, before all of them go on: more than
+/// [`NBD_STOP_SECS`], so that what can be left in the in-flight log is.
+pub const HANDOVER_STOP_SECS: u64 = 3;
 /// Frames of what one daemon hands to another: for each disk its regions, its queues' seven
 /// messages each, and a few more.
 pub const MAX_HANDOVER_FRAMES: usize = MAX_DISKS * (MAX_MEM_SLOTS + 7 * MAX_QUEUES as usize + 16);
@@ -104,5 +110,7 @@ pub const NBD_SILENCE_SECS: u64 = 30;
 /// Milliseconds to wait for an image that another process has locked: one that was just killed
 /// may not be gone.
 pub const LOCK_WAIT_MILLIS: u64 = 1000;
-/// Milliseconds between two looks at that lock.
+/// Milliseconds to wait for a folder that another process has locked: one of this crate needs a few.
+pub const FOLDER_LOCK_MILLIS: u64 = 3000;
+/// Milliseconds between two looks at such a lock.
 pub const LOCK_RETRY_MILLIS: u64 = 20;

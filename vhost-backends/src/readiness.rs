@@ -24,25 +24,48 @@ pub(crate) fn wait<const N: usize>(
     fds: [(BorrowedFd<'_>, Interest); N],
     timeout: Option<Duration>,
 ) -> io::Result<[bool; N]> {
-    let deadline = timeout.map(|t| Instant::now() + t);
-    let mut set = fds.map(|(fd, interest)| libc::pollfd {
+    let mut set = fds.map(asked);
+    poll(&mut set, timeout)?;
+    Ok(set.map(is_ready))
+}
+
+/// The same for any number of descriptors.
+pub(crate) fn wait_any(
+    fds: &[(BorrowedFd<'_>, Interest)],
+    timeout: Option<Duration>,
+) -> io::Result<Vec<bool>> {
+    let mut set: Vec<_> = fds.iter().copied().map(asked).collect();
+    poll(&mut set, timeout)?;
+    Ok(set.into_iter().map(is_ready).collect())
+}
+
+fn asked((fd, interest): (BorrowedFd<'_>, Interest)) -> libc::pollfd {
+    libc::pollfd {
         fd: fd.as_raw_fd(),
         events: match interest {
             Interest::Read => libc::POLLIN,
             Interest::Write => libc::POLLOUT,
         },
         revents: 0,
-    });
+    }
+}
+
+fn is_ready(polled: libc::pollfd) -> bool {
+    polled.revents != 0
+}
+
+fn poll(set: &mut [libc::pollfd], timeout: Option<Duration>) -> io::Result<()> {
+    let deadline = timeout.map(|t| Instant::now() + t);
     loop {
         let ms = deadline.map_or(-1, |d| {
             let left = d.saturating_duration_since(Instant::now());
             // Rounded up, so that the wait does not end before the deadline.
             i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
         });
-        // SAFETY: `set` is an array of N pollfd, and lives through the call.
-        let n = unsafe { libc::poll(set.as_mut_ptr(), N as libc::nfds_t, ms) };
-        if n >= 0 {
-            return Ok(set.map(|p| p.revents != 0));
+        let count = set.len() as libc::nfds_t;
+        // SAFETY: `set` has so many pollfd, and lives through the call.
+        if unsafe { libc::poll(set.as_mut_ptr(), count, ms) } >= 0 {
+            return Ok(());
         }
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {

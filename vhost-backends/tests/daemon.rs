@@ -10,7 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use support::process::{Daemon, TIMEOUT, blkd, connect, limit_file_size};
 use support::{Disk, FEATURES, Frontend, pattern};
 
@@ -67,6 +67,42 @@ fn killed_and_started_again() {
         daemon.signal(libc::SIGKILL);
         assert_eq!(daemon.wait().0, None);
         assert!(disk.socket.exists());
+    }
+}
+
+#[test]
+fn of_many_that_find_a_stale_socket_one_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let [socket, stats] = ["socket", "stats"].map(|name| dir.path().join(name));
+    for _ in 0..15 {
+        for path in [&socket, &stats] {
+            // As a killed one leaves it.
+            drop(UnixListener::bind(path).unwrap());
+        }
+        let mut left: Vec<Daemon> = (0..6)
+            .map(|_| {
+                let mut command = blkd();
+                command.args(["--null", "1M", "--socket-path"]).arg(&socket);
+                Daemon::start(command.arg("--stats-socket").arg(&stats))
+            })
+            .collect();
+        let deadline = Instant::now() + TIMEOUT;
+        while left.len() > 1 {
+            assert!(Instant::now() < deadline, "{} serve", left.len());
+            let Some(at) = left.iter_mut().position(|d| d.ended().is_some()) else {
+                std::thread::sleep(Duration::from_millis(2));
+                continue;
+            };
+            let (code, said) = left.remove(at).wait();
+            assert_eq!(code, Some(1), "{said}");
+            assert!(said.contains("another program listens"), "{said}");
+        }
+        let mut last = left.pop().unwrap();
+        // The files are its own, and gone with it.
+        drop(last.connect(&socket));
+        drop(last.connect(&stats));
+        assert_eq!(last.end(), (Some(0), String::new()));
+        assert!(!socket.exists() && !stats.exists());
     }
 }
 

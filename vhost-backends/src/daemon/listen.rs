@@ -4,6 +4,7 @@
 
 use super::options::SocketArgs;
 use crate::dial::SocketAddress;
+use crate::folder::{FolderLock, folder_of};
 use crate::limits::MAX_PASSED;
 use std::fs;
 use std::io;
@@ -37,13 +38,11 @@ impl SocketPath {
     }
 
     pub(super) fn folder(&self) -> &Path {
-        match self.path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        }
+        folder_of(&self.path)
     }
 
-    /// Removes the file, unless it is another one by now.
+    /// Removes the file, unless it is another one by now. While somebody still listens on it, no
+    /// other program takes it for a stale one, and none has its inode.
     pub(super) fn remove(&self) {
         if identity(&self.path).is_ok_and(|now| now == self.identity) {
             // Gone already is as good.
@@ -214,14 +213,21 @@ impl Sockets {
 fn listen(path: PathBuf, private: bool) -> Result<(UnixListener, SocketPath), String> {
     let shown = path.display().to_string();
     let cannot = |error: io::Error| format!("cannot listen on {shown}: {error}");
+    // Of several that find the same stale socket, one removes it and listens before the next looks;
+    // and nobody looks between another's `bind` and `listen`.
+    let alone = FolderLock::around(&path);
     let listener = match bind(&path, private) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            alone.as_ref().map_err(|error| {
+                format!("cannot see whether the socket {shown} is in use: {error}")
+            })?;
             remove_stale(&path)?;
             bind(&path, private).map_err(cannot)?
         }
         result => result.map_err(cannot)?,
     };
     let identity = identity(&path).map_err(cannot)?;
+    drop(alone);
     Ok((listener, SocketPath { path, identity }))
 }
 
@@ -251,8 +257,14 @@ fn remove_stale(path: &Path) -> Result<(), String> {
         ));
     }
     match SocketAddress::of(path).and_then(|address| address.connect()) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
-            .map_err(|error| format!("cannot replace the stale socket {shown}: {error}")),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(format!("cannot replace the stale socket {shown}: {error}"))
+                }
+                _ => Ok(()),
+            }
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         _ => Err(format!("another program listens on {shown}")),
     }
@@ -320,5 +332,57 @@ fn option(fd: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
         Ok(value)
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+    use std::thread;
+
+    #[test]
+    fn of_many_that_find_a_stale_socket_one_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        for round in 0..100 {
+            if round % 2 == 0 {
+                drop(UnixListener::bind(&path).unwrap());
+            }
+            let together = Barrier::new(6);
+            let one = || {
+                together.wait();
+                listen(path.clone(), false)
+            };
+            let all: Vec<_> = thread::scope(|scope| {
+                let threads: Vec<_> = (0..6).map(|_| scope.spawn(one)).collect();
+                threads.into_iter().map(|t| t.join().unwrap()).collect()
+            });
+            let (listen, refused): (Vec<_>, Vec<_>) = all.into_iter().partition(Result::is_ok);
+            assert_eq!(listen.len(), 1);
+            for sentence in refused.into_iter().filter_map(Result::err) {
+                assert!(sentence.contains("another program listens"), "{sentence}");
+            }
+            let (listener, made) = listen.into_iter().flatten().next().unwrap();
+            drop(UnixStream::connect(&path).unwrap());
+            made.remove();
+            drop(listener);
+            assert!(!path.exists());
+        }
+    }
+
+    #[test]
+    fn what_may_not_be_looked_at_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let folder = FolderLock::around(&path).unwrap();
+        // Nothing is in the way.
+        let (listener, made) = listen(path.clone(), false).unwrap();
+        drop(listener);
+        let refused = listen(path.clone(), false).unwrap_err();
+        assert!(refused.contains("has locked its folder"), "{refused}");
+        assert_eq!(identity(&path).unwrap(), made.identity());
+        drop(folder);
+        listen(path, false).unwrap();
     }
 }

@@ -32,6 +32,27 @@ struct Unit {
     start: Start,
     /// The file of its socket.
     socket: Option<(u64, u64)>,
+    /// Its listening socket once more.
+    listener: Option<Arc<UnixListener>>,
+}
+
+impl Unit {
+    fn new(member: Member, start: Start, socket: Option<(u64, u64)>) -> Result<Unit, String> {
+        let listener = match &start {
+            Start::Fresh(Socket::Listening(listener, _)) => Some(listener),
+            Start::Taken(listener, _) => listener.as_ref(),
+            Start::Fresh(_) => None,
+        };
+        let listener = listener.map(UnixListener::try_clone).transpose();
+        let listener =
+            listener.map_err(|error| format!("no descriptor for {}: {error}", member.name))?;
+        Ok(Unit {
+            member,
+            start,
+            socket,
+            listener: listener.map(Arc::new),
+        })
+    }
 }
 
 /// Opens a fleet, confines the process for good, and serves until a signal asks for the end, or until every
@@ -93,6 +114,8 @@ pub(crate) fn serve<F: Fleet>(
             }
         }
     };
+    // Until the files are gone: whoever comes meanwhile does not take them for stale ones.
+    let listening: Vec<_> = units.iter().map(|unit| unit.listener.clone()).collect();
     let mut arm = |armed| {
         if let Some(remover) = &mut remover {
             remover.arm(armed);
@@ -132,6 +155,8 @@ pub(crate) fn serve<F: Fleet>(
         }
     }
     PEER_LINES.settle();
+    drop(remover);
+    drop((listening, admin));
     outcome
 }
 
@@ -157,13 +182,12 @@ fn fresh<F: Fleet>(
     admin: Vec<(Access, Socket)>,
 ) -> Result<Prepared, String> {
     let units = fleet.members().into_iter().zip(sockets.into_opened());
-    let units = units.map(|(member, socket)| Unit {
-        member,
-        socket: match &socket {
+    let units = units.map(|(member, socket)| {
+        let file = match &socket {
             Socket::Listening(_, path) => path.as_ref().map(SocketPath::identity),
             _ => None,
-        },
-        start: Start::Fresh(socket),
+        };
+        Unit::new(member, Start::Fresh(socket), file)
     });
     let admin = admin.into_iter().map(|(access, socket)| match socket {
         Socket::Listening(listener, Some(path)) => Ok(AdminSocket {
@@ -173,7 +197,10 @@ fn fresh<F: Fleet>(
         }),
         _ => Err("a statistics or control socket was not made".to_owned()),
     });
-    Ok((units.collect(), admin.collect::<Result<_, _>>()?))
+    Ok((
+        units.collect::<Result<_, _>>()?,
+        admin.collect::<Result<_, _>>()?,
+    ))
 }
 
 /// Everything as another process served it, if it is what this one was told to serve.
@@ -210,11 +237,8 @@ fn take<F: Fleet>(
         let identity = unit.identity;
         let fds = unit.fds;
         fleet.take_over(index, Handed { identity, fds })?;
-        units.push(Unit {
-            start: Start::Taken(unit.listener, unit.connection),
-            socket: unit.socket,
-            member,
-        });
+        let start = Start::Taken(unit.listener, unit.connection);
+        units.push(Unit::new(member, start, unit.socket)?);
     }
     let mut sockets = Vec::new();
     for ((access, socket), taken) in admin.into_iter().zip(taken.admin) {
@@ -254,18 +278,10 @@ fn serve_all<F: Fleet, T>(
     let mut ready = Vec::new();
     for unit in units {
         let point = Arc::new(PausePoint::new().map_err(cannot)?);
-        let listener = match &unit.start {
-            Start::Fresh(Socket::Listening(listener, _)) => Some(listener),
-            Start::Taken(listener, _) => listener.as_ref(),
-            Start::Fresh(_) => None,
-        };
         giver.units.push(GiveUnit {
             name: unit.member.name.clone(),
             point: Arc::clone(&point),
-            listener: listener
-                .map(UnixListener::try_clone)
-                .transpose()
-                .map_err(cannot)?,
+            listener: unit.listener.clone(),
             socket: unit.socket,
         });
         let server = server(&unit.member, stop.try_clone().map_err(cannot)?);

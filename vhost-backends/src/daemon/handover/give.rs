@@ -6,7 +6,7 @@ use super::{
 };
 use crate::daemon::admin::AdminSocket;
 use crate::daemon::{Fleet, Handed};
-use crate::limits::{HANDOVER_SECS, MAX_PAYLOAD};
+use crate::limits::{HANDOVER_SECS, HANDOVER_STOP_SECS, MAX_PAYLOAD};
 use crate::readiness::{Event, monotonic_nanos};
 use crate::session::handover::PausePoint;
 use crate::session::socket::Channel;
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 pub(in crate::daemon) struct GiveUnit {
     pub(in crate::daemon) name: String,
     pub(in crate::daemon) point: Arc<PausePoint>,
-    pub(in crate::daemon) listener: Option<UnixListener>,
+    pub(in crate::daemon) listener: Option<Arc<UnixListener>>,
     pub(in crate::daemon) socket: Option<Identity>,
 }
 
@@ -59,7 +59,7 @@ impl<F: Fleet> Giver<'_, F> {
         let deadline = Instant::now() + Duration::from_secs(HANDOVER_SECS);
         let stream = stream.try_clone().map_err(cannot)?;
         let mut channel = Channel::new(stream, never.as_fd()).until(deadline);
-        match self.transfer(&mut channel, &handed, deadline) {
+        match self.transfer(&mut channel, &handed) {
             Ok(()) => {}
             Err(reason) => {
                 tracing::warn!("not handed over, serving on: {reason}");
@@ -104,12 +104,7 @@ impl<F: Fleet> Giver<'_, F> {
     }
 
     /// Everything up to the message that cannot be taken back.
-    fn transfer(
-        &self,
-        channel: &mut Channel<'_>,
-        handed: &[Handed],
-        deadline: Instant,
-    ) -> Result<(), String> {
+    fn transfer(&self, channel: &mut Channel<'_>, handed: &[Handed]) -> Result<(), String> {
         let head = b"HTTP/1.0 101 Switching Protocols\r\n\r\n";
         channel
             .stream()
@@ -118,8 +113,10 @@ impl<F: Fleet> Giver<'_, F> {
         let paused_at_nanos = monotonic_nanos();
         let paused = Paused(&self.units);
         paused.0.iter().for_each(|unit| unit.point.pause());
+        // All of them stand still as long as the slowest takes to stop.
+        let stopped_by = Instant::now() + Duration::from_secs(HANDOVER_STOP_SECS);
         for (unit, handed) in self.units.iter().zip(handed) {
-            give_unit(channel, unit, handed, deadline)?;
+            give_unit(channel, unit, handed, stopped_by)?;
         }
         for AdminSocket {
             access,
@@ -146,9 +143,9 @@ fn give_unit(
     channel: &mut Channel<'_>,
     unit: &GiveUnit,
     handed: &Handed,
-    deadline: Instant,
+    stopped_by: Instant,
 ) -> Result<(), String> {
-    let parked = unit.point.take(deadline);
+    let parked = unit.point.take(stopped_by);
     let parked = parked.ok_or_else(|| format!("{} did not stop in time", unit.name))?;
     let connection = parked.unwrap_or_else(|error| {
         let device = &unit.name;
