@@ -435,3 +435,52 @@ fn what_was_not_answered_is_sent_again_in_its_order() {
     server.stop().unwrap();
     assert_eq!(device.stats().host_errors, 0);
 }
+
+/// One disk's server that says nothing more, and whose requests cannot be left in a log.
+#[test]
+fn a_silent_server_holds_an_upgrade_up_for_a_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let listener = UnixListener::bind(at("nbd")).unwrap();
+    std::thread::spawn(move || {
+        let mut silent = Vec::new();
+        for mut stream in listener.incoming().flatten() {
+            let _ = greet(&mut stream);
+            silent.push(stream);
+        }
+    });
+    let start = |take_over: bool| {
+        let mut command = blkd();
+        for (name, what) in [
+            ("one", "null=1M".to_owned()),
+            ("two", format!("nbd=unix:{}", at("nbd").display())),
+        ] {
+            let socket = at(name);
+            command
+                .arg("--disk")
+                .arg(format!("socket={},{what}", socket.display()));
+        }
+        command.arg("--control-socket").arg(at("control"));
+        if take_over {
+            command.arg("--take-over").arg(at("control"));
+        }
+        Daemon::start(&mut command)
+    };
+    let daemon = start(false);
+    let mut null = Frontend::connect(&at("one"), FEATURES, 1, 64, MIB);
+    let mut front = Frontend::connect(&at("two"), FEATURES, 1, 64, MIB);
+    front.read(0, 0, 0, 4096, 3);
+    front.kick(0);
+    let asked = Instant::now();
+    let next = start(true);
+    let (code, said) = next.wait();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("hung up"), "{said}");
+    assert_eq!(null.write_sync(0, 0, &pattern(1, 512)), 0);
+    let took = asked.elapsed();
+    assert!(took < Duration::from_secs(8), "held up: {took:?}");
+    drop((null, front));
+    daemon.signal(libc::SIGKILL);
+    let (_, said) = daemon.wait();
+    assert!(said.contains("disk1 did not stop in time"), "{said}");
+}

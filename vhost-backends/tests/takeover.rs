@@ -11,7 +11,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use support::process::{Daemon, TIMEOUT, blkd, connect};
+use support::process::{Daemon, TIMEOUT, blkd, connect, http, stats};
 use support::{Disk, FEATURES, Frontend, pattern};
 
 const MIB: u64 = 1 << 20;
@@ -238,5 +238,36 @@ fn memory_that_is_gone_ends_its_own_session() {
     region.set_len(0).unwrap();
     pair.upgrade();
     hung_up(&other.stream);
+    pair.end();
+}
+
+/// As with any image that is cut off under its guest: I/O errors and a count.
+#[test]
+fn an_image_that_became_smaller_goes_over() {
+    let mut pair = Pair::new();
+    let socket = &pair.disks[1].socket;
+    let mut other = Frontend::connect(socket, FEATURES, 1, 64, MIB as usize);
+    assert_eq!(other.write_sync(0, 0, &pattern(3, 512)), 0);
+    let image = std::fs::File::options()
+        .write(true)
+        .open(&pair.disks[1].image);
+    image.unwrap().set_len(MIB / 2).unwrap();
+    for _ in 0..2 {
+        pair.upgrade();
+        assert!(other.read_sync(0, 0, 512) == (0, pattern(3, 512)));
+        assert_ne!(other.read_sync(0, MIB - 512, 512).0, 0);
+        let (status, said) = http(&pair.control, "PUT", "/disks/disk1/resize", "");
+        assert!(
+            status.contains("409") && said.contains("the guest was told 2048"),
+            "{said}"
+        );
+        let errors = stats(&pair.control)["disks"][1]["errors"].clone();
+        assert_eq!(errors["past_end"], 1, "{errors}");
+    }
+    drop(other);
+    let image = std::fs::File::options()
+        .write(true)
+        .open(&pair.disks[1].image);
+    image.unwrap().set_len(MIB).unwrap();
     pair.end();
 }

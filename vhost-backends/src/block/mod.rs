@@ -212,10 +212,12 @@ impl Device for BlockDevice {
     }
 
     fn resume_config(&self, told: &[u8]) -> bool {
-        // A disk that grew is as large as the frontend knows it, until somebody asks it to look.
-        if let Some(capacity) = config::capacity_in(told) {
+        // A disk that grew is as large as the frontend knows it, until somebody asks it to look; of
+        // one that became smaller, what is missing are I/O errors.
+        let capacity = config::capacity_in(told).filter(|sectors| *sectors <= MOST_SECTORS);
+        if let Some(capacity) = capacity {
             // Ordering: Relaxed, as in `Disk::capacity`.
-            self.disk.capacity.fetch_min(capacity, Ordering::Relaxed);
+            self.disk.capacity.store(capacity, Ordering::Relaxed);
         }
         self.config() == told
     }
@@ -233,6 +235,9 @@ impl Device for BlockDevice {
         thread::spawn(Arc::clone(&self.disk), setup)
     }
 }
+
+/// Of a disk whose every byte has an offset that the host knows.
+const MOST_SECTORS: u64 = i64::MAX as u64 / pv_abi::virtio::block::SECTOR_SIZE;
 
 /// A tail that is no whole sector is not part of the disk.
 fn sectors(geometry: Geometry) -> u64 {

@@ -373,7 +373,7 @@ fn capacity_follows_the_file_when_asked_to() {
     assert_eq!(device.config()[0], 8);
     assert_eq!(look(&device), Ok((8, 16, false)), "nobody to tell");
     assert_eq!(device.config()[0], 16);
-    // The next process goes on with what this one told, and not with less than that.
+    // The next process goes on with what this one told.
     let told = device.config();
     std::fs::write(&path, vec![0; 16384]).unwrap();
     let open = || RawFile::open(&path, crate::engine::FileOptions::default()).unwrap();
@@ -387,7 +387,14 @@ fn capacity_follows_the_file_when_asked_to() {
     }
     std::fs::write(&path, vec![0; 512]).unwrap();
     let smaller = BlockDevice::new(open(), BlockOptions::with_queues(1));
-    assert!(!smaller.resume_config(&told));
-    assert_eq!(look(&device), Err(ResizeRefused { now: 1, told: 16 }));
-    assert_eq!(device.config()[0], 16);
+    assert!(smaller.resume_config(&told));
+    for device in [device, smaller] {
+        assert_eq!(look(&device), Err(ResizeRefused { now: 1, told: 16 }));
+        assert_eq!(device.config()[0], 16);
+    }
+    // As far as a host's offsets go.
+    let disk = |sectors: u64| [&sectors.to_le_bytes(), &told[8..]].concat();
+    let next = BlockDevice::new(open(), BlockOptions::with_queues(1));
+    assert!(!next.resume_config(&disk(1 << 54)));
+    assert!(next.resume_config(&disk((1 << 54) - 1)));
 }

@@ -53,6 +53,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_close,
     // What came over them: memory, and logs that the frontend keeps for us.
     libc::SYS_fstat,
+    libc::SYS_fstatfs,
     libc::SYS_newfstatat,
     libc::SYS_statx,
     libc::SYS_memfd_create,

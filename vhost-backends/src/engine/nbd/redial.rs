@@ -7,11 +7,11 @@ use super::handshake::{Export, negotiate};
 use super::{NbdError, NbdStore};
 use crate::dial;
 use crate::limits::NBD_HANDSHAKE_SECS;
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Connects to the server once more.
 pub(super) type Dial = dyn Fn() -> io::Result<UnixStream> + Send + Sync;
@@ -73,13 +73,81 @@ pub(super) fn try_once(store: &Arc<NbdStore>) {
 
 /// Makes a fresh connection ready for requests.
 pub(super) fn greet(stream: UnixStream, export: &str) -> Result<(UnixStream, Export), NbdError> {
-    let limit = Some(Duration::from_secs(NBD_HANDSHAKE_SECS));
-    stream.set_read_timeout(limit)?;
-    stream.set_write_timeout(limit)?;
-    let export = negotiate(&stream, export).map_err(|error| match error {
+    let deadline = Instant::now() + Duration::from_secs(NBD_HANDSHAKE_SECS);
+    greet_until(deadline, stream, export)
+}
+
+fn greet_until(
+    deadline: Instant,
+    stream: UnixStream,
+    export: &str,
+) -> Result<(UnixStream, Export), NbdError> {
+    let timed = Timed {
+        stream: &stream,
+        deadline,
+    };
+    let export = negotiate(timed, export).map_err(|error| match error {
         NbdError::Connection(error) => dial::in_words(error).into(),
         error => error,
     })?;
     stream.set_nonblocking(true)?;
     Ok((stream, export))
+}
+
+/// A connection until a deadline, however many small pieces come before it.
+struct Timed<'s> {
+    stream: &'s UnixStream,
+    deadline: Instant,
+}
+
+impl Timed<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        match self.deadline.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
+            left => Ok(Some(left)),
+        }
+    }
+}
+
+impl Read for Timed<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(bytes)
+    }
+}
+
+impl Write for Timed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_says_a_byte_at_a_time_is_left() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let server = std::thread::spawn(move || {
+            // The first words of a good one, and nobody is there any more at their end.
+            for byte in b"NBDMAGICIHAVEOPT" {
+                let _ = (&theirs).write_all(&[*byte]);
+                std::thread::sleep(Duration::from_millis(30));
+            }
+            (&theirs).write_all(&[0, 3]).is_err()
+        });
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let left = greet_until(deadline, ours, "").unwrap_err();
+        let NbdError::Connection(why) = left else {
+            panic!("{left}")
+        };
+        assert!(why.to_string().contains("does not answer in time"), "{why}");
+        assert!(server.join().unwrap(), "it was left");
+    }
 }
