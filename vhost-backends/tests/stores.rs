@@ -222,6 +222,78 @@ fn an_overlay_that_cannot_be_made_is_not_left() {
     assert!(!overlay.exists());
 }
 
+#[test]
+fn an_overlay_that_was_cut_short_in_the_making_is_made_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, overlay) = (base_file(dir.path()), dir.path().join("overlay"));
+    let making = dir.path().join(".overlay.new");
+    for _ in 0..2 {
+        std::fs::write(&making, "half an image").unwrap();
+        create_overlay(&overlay, &base, false).unwrap();
+        assert!(!making.exists());
+        check_image(&overlay);
+        let exists = create_overlay(&overlay, &base, false).unwrap_err();
+        assert_eq!(exists.kind(), std::io::ErrorKind::AlreadyExists);
+        std::fs::remove_file(&overlay).unwrap();
+    }
+    // Killed at any moment, a daemon leaves none, or a whole one.
+    for delay in 0..12 {
+        let mut daemon = blkd();
+        daemon.arg("--socket-path").arg(dir.path().join("socket"));
+        daemon.arg("--blk-file").arg(&base);
+        let mut daemon = Daemon::quiet(daemon.arg("--overlay").arg(&overlay));
+        std::thread::sleep(std::time::Duration::from_millis(delay));
+        daemon.kill();
+        if overlay.exists() {
+            Qcow2Disk::open_overlay(&overlay, &base, false, FileOptions::default()).unwrap();
+            std::fs::remove_file(&overlay).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_overlay_is_opened_on_its_own_base_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = base_file(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let (overlay, other, whole) = (at("overlay"), at("other"), at("whole"));
+    std::fs::copy(&base, &other).unwrap();
+    create_overlay(&overlay, &base, false).unwrap();
+    create_overlay(&whole, &overlay, true).unwrap();
+    let open = |path: &Path, base: &Path, qcow2: bool| {
+        let opened = Qcow2Disk::open_overlay(path, base, qcow2, FileOptions::default());
+        opened.map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(open(&overlay, &base, false), Ok(()));
+    assert_eq!(open(&whole, &overlay, true), Ok(()));
+    let link = at("link");
+    std::os::unix::fs::symlink(&base, &link).unwrap();
+    assert_eq!(open(&overlay, &link, false), Ok(()), "the same file");
+    for (path, wrong, qcow2, why) in [
+        (&overlay, &other, false, "it was made on"),
+        (&overlay, &whole, true, "it was made on"),
+        (&whole, &base, false, "it was made on"),
+        (&whole, &overlay, false, "of the format qcow2, not raw"),
+    ] {
+        let refused = open(path, wrong, qcow2).unwrap_err();
+        assert!(refused.contains(why), "{refused}");
+    }
+    // In the daemon, in a sentence.
+    let mut daemon = blkd();
+    daemon.arg("--socket-path").arg(at("socket"));
+    daemon.arg("--blk-file").arg(&other);
+    let (code, said) = Daemon::start(daemon.arg("--overlay").arg(&overlay)).wait();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(
+        said.contains("cannot open the overlay") && said.contains("it was made on"),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
+    // Both were moved: taken, and said.
+    std::fs::rename(&base, at("moved")).unwrap();
+    assert_eq!(open(&overlay, &at("moved"), false), Ok(()));
+}
+
 /// Asks qemu-img whether the image is sound, where it is installed.
 fn check_image(path: &Path) {
     match Command::new("qemu-img").arg("check").arg(path).output() {

@@ -23,6 +23,7 @@ mod inline;
 mod memory;
 mod nbd;
 mod null;
+mod overlay;
 mod pool;
 mod qcow2;
 mod qcow2_check;
@@ -38,8 +39,9 @@ pub use geometry::{Geometry, Lifetime};
 pub use memory::MemoryStore;
 pub use nbd::{NbdAddress, NbdError, NbdStore};
 pub use null::NullStore;
+pub use overlay::create_overlay;
 pub use pool::{BlockingDisk, BlockingStore};
-pub use qcow2::{Qcow2Disk, create_overlay};
+pub use qcow2::Qcow2Disk;
 pub use sync::SyncEngine;
 pub use uring::UringEngine;
 

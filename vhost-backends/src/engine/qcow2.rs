@@ -1,24 +1,21 @@
-//! qcow2 images with backing files, through the crate `imago`; overlays on a shared base.
+//! qcow2 images with backing files, through the crate `imago`.
 //!
 //! An image names other files. A backing file is opened, never for writing; the chain of them
 //! has a limit. Nothing is guessed about the image itself: it is qcow2 because its owner said so.
 
 use super::file::check_kind;
+use super::overlay::check_base;
 use super::{BlockingDisk, FileOptions, Geometry};
 use crate::limits::MAX_BACKING_DEPTH;
 use imago::file::File;
 use imago::format::Format;
 use imago::format::gate::ImplicitOpenGate;
-use imago::qcow2::{Qcow2, Qcow2CreateBuilder};
-use imago::{
-    FormatAccess, FormatCreateBuilder, FormatDriverBuilder, Storage, StorageCreateOptions,
-    StorageOpenOptions,
-};
+use imago::qcow2::Qcow2;
+use imago::{FormatAccess, FormatDriverBuilder, Storage, StorageOpenOptions};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use tracing::subscriber::NoSubscriber;
 
 /// A qcow2 image.
 #[derive(Debug)]
@@ -34,7 +31,7 @@ impl Qcow2Disk {
         Qcow2Disk::open_on(path, None, options)
     }
 
-    /// Opens an image on this base, whatever base it names itself.
+    /// Opens an overlay on this base, which must be the one that it names, unless that is gone.
     pub fn open_overlay(
         path: &Path,
         base: &Path,
@@ -62,7 +59,11 @@ impl Qcow2Disk {
             if let Some((base, format)) = base {
                 builder = builder.backing_path(base, format);
             }
-            builder.open(Gate { depth: 0 })
+            let image = builder.open(Gate { depth: 0 })?;
+            if let Some((base, format)) = base {
+                check_base(&image, path, base, format)?;
+            }
+            Ok::<_, io::Error>(image)
         };
         // The image's bytes are not trusted, and its parser is not ours.
         let image = catch_unwind(AssertUnwindSafe(open))
@@ -80,37 +81,6 @@ impl Qcow2Disk {
     fn alone(&self) -> RwLockWriteGuard<'_, FormatAccess<File>> {
         self.image.write().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Makes a qcow2 image that holds what differs from `base`, a raw file of `len` bytes, or a qcow2 image.
-/// Fails if there is a file already; what could not be made is not left.
-pub fn create_overlay(path: &Path, base: &Path, qcow2: bool) -> io::Result<()> {
-    let base = base.canonicalize()?;
-    let options = FileOptions {
-        read_only: true,
-        direct: false,
-    };
-    let len = if qcow2 {
-        Qcow2Disk::open(&base, options)?.geometry().len
-    } else {
-        super::RawFile::open(&base, options)?.len()
-    };
-    let name = base
-        .to_str()
-        .ok_or_else(|| io::Error::other("the base's path is not text"))?;
-    let format = if qcow2 { "qcow2" } else { "raw" };
-    let file = File::create_open(StorageCreateOptions::new().filename(path).overwrite(false))?;
-    let create = || {
-        Qcow2CreateBuilder::<File>::new(file)
-            .size(len)
-            .backing(name.into(), format.into())
-            .create()
-    };
-    // The error says all: that an image in the making was not flushed is nobody's news.
-    tracing::subscriber::with_default(NoSubscriber::new(), create).inspect_err(|_| {
-        // It was just made here, and is no image.
-        let _ = std::fs::remove_file(path);
-    })
 }
 
 impl BlockingDisk for Qcow2Disk {

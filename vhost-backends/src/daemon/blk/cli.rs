@@ -19,14 +19,17 @@ socket is used the same way; a connected one is served until its peer hangs up. 
 a service manager (LISTEN_FDS) are taken by disks that name none, in order or by --id.
 
 Several disks: --disk socket=a.sock,file=a.img --disk socket=b.sock,file=b.img,read-only=on. Keys \
-are the flags above without dashes in front; socket and file are short for socket-path and \
-blk-file. A comma within a value is written twice."
+are the flags of a single disk without dashes in front; socket and file are short for socket-path \
+and blk-file. Each disk has its own: beside --disk, such flags are refused. A comma within a value is \
+written twice."
 )]
 pub(super) struct Cli {
     #[command(flatten)]
     pub(super) one: OneDisk,
-    /// One of several disks: KEY=VALUE,...
-    #[arg(long, value_name = "KEYS")]
+    /// One of several disks: KEY=VALUE,... Flags of a single disk are not for these.
+    #[arg(long, value_name = "KEYS",
+          conflicts_with_all = ["SocketArgs", "DiskArgs", "UseArgs", "num_queues", "id", "iops",
+                                "iops_burst", "bandwidth", "bandwidth_burst"])]
     disk: Vec<String>,
     #[command(flatten)]
     pub(super) operation: Operation,
@@ -88,12 +91,6 @@ impl Cli {
     pub(super) fn disks(&self) -> Result<Vec<(String, OneDisk)>, String> {
         let disks = if self.disk.is_empty() {
             vec![self.one.clone()]
-        } else if self.one.source.is_given() || self.one.socket.is_given() {
-            return Err(
-                "--disk names everything about a disk; --blk-file, --socket-path and --fd \
-                        are for a single one"
-                    .into(),
-            );
         } else {
             self.disk
                 .iter()
@@ -127,6 +124,7 @@ fn parse_id(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::CommandFactory;
 
     #[test]
     fn keys_are_flags() {
@@ -160,7 +158,24 @@ mod tests {
         assert_eq!(names(two), Ok(vec!["disk0".to_owned(), "root".into()]));
         let same = cli(&["--disk", "file=a,id=x", "--disk", "file=b,id=x"]);
         assert!(names(same).unwrap_err().contains("two disks"));
-        let both = cli(&["--blk-file", "a", "--disk", "file=b"]);
-        assert!(names(both).unwrap_err().contains("single"));
+    }
+
+    #[test]
+    fn no_flag_of_a_single_disk_is_taken_beside_several() {
+        let keys = Keys::command();
+        let flags: Vec<_> = keys.get_arguments().filter_map(|a| a.get_long()).collect();
+        assert!(flags.len() > 12, "{flags:?}");
+        for flag in flags {
+            let value = match flag {
+                "format" => "=qcow2",
+                "nbd" => "=unix:a",
+                "read-only" | "direct" | "no-lock" => "",
+                _ => "=1",
+            };
+            let flag = format!("--{flag}{value}");
+            let line = ["pv-blkd", "--disk", "file=a", &flag];
+            let said = Cli::try_parse_from(line).unwrap_err().to_string();
+            assert!(said.contains("cannot be used with"), "{flag}: {said}");
+        }
     }
 }
