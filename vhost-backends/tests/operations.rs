@@ -338,7 +338,7 @@ fn bad_disks_get_a_sentence_and_leave_no_socket() {
             "cannot open the disk image x",
         ),
         (&good, "is in use by another program"),
-        (&format!("{good},no-lock=on"), "another program listens"),
+        (&format!("{good},no-lock=on"), "two sockets have the path"),
     ] {
         let output = blkd()
             .args(["--disk", &good, "--disk", second])

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 // UNSAFETY: fork, and ending the child without the parent's clean-up.
 
-use crate::dial::SocketAddress;
+use crate::dial::{self, SocketAddress};
 use crate::readiness::{Interest, wait};
 use crate::sandbox::confine_connector;
 use std::io::{self, Read, Write};
@@ -58,7 +58,7 @@ impl Connector {
                 ours.set_write_timeout(Some(PATIENCE))?;
                 // Until it has closed its copies, the daemon's sockets would outlive a daemon
                 // that is killed.
-                (&ours).read_exact(&mut [0])?;
+                (&ours).read_exact(&mut [0]).map_err(dial::in_words)?;
                 Ok(Connector(Mutex::new(Pipe {
                     stream: ours,
                     asked: false,

@@ -143,9 +143,8 @@ impl Sockets {
             let path = args.socket_path.map(|path| self.await_path(path));
             Socket::Awaited(path.transpose()?)
         } else if let Some(path) = args.socket_path {
-            let (listener, path) = listen(path, false)?;
-            self.made.push(path.clone());
-            Socket::Listening(listener, Some(path))
+            let listener = self.listen(&path, false)?;
+            Socket::Listening(listener, self.made.last().cloned())
         } else {
             let passed = || self.passed.take(name, &self.names);
             let fd = args.fd.or_else(passed);
@@ -173,6 +172,9 @@ impl Sockets {
 
     /// A listening socket of a device's own, for this user alone if `private`.
     pub(crate) fn listen(&mut self, path: &Path, private: bool) -> Result<UnixListener, String> {
+        if self.made.iter().any(|made| made.path == path) {
+            return Err(format!("two sockets have the path {}", path.display()));
+        }
         let (listener, made) = listen(path.to_owned(), private)?;
         self.made.push(made);
         if private {
