@@ -7,11 +7,13 @@ use crate::limits::READY_DEADLINE;
 use crate::pair;
 use crate::vm::{Guest, Running};
 use anyhow::{Context, Result, bail};
+use quickstart::accel::Wanted;
 use quickstart::interrupt;
 use quickstart::pack::{Contents, pack};
 use quickstart::place::{Draft, Place};
 use quickstart::report::say;
 use quickstart::scan::Plan;
+use quickstart_fs::count::Counted;
 use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
@@ -22,8 +24,9 @@ use std::path::Path;
 ///
 /// In one sentence, with its causes.
 pub fn run(args: &Args) -> Result<()> {
+    let accel = Wanted::new(args.accel)?;
     if args.pair {
-        return pair::run(args);
+        return pair::run(args, accel);
     }
     // First of all what is most likely to be wrong.
     let listener = listen(args.port)?;
@@ -32,7 +35,7 @@ pub fn run(args: &Args) -> Result<()> {
     let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
     let socket = scratch.path().join("network.sock");
     let forward = Forward::start(&socket, listener)?;
-    let guest = Guest::server(args.accel, disk.path(), &socket)?;
+    let guest = Guest::server(accel, disk.path(), &socket)?;
     let mut running = guest.run()?;
     let (files, bytes) = running.wait_ready(READY_DEADLINE)?;
     if files != contents.digests.len() as u64 {
@@ -42,8 +45,10 @@ pub fn run(args: &Args) -> Result<()> {
         );
     }
     say(format_args!(
-        "a guest on {} serves {files} files, {bytes} bytes",
-        running.accel()
+        "a guest on {} serves {}, {}",
+        running.accel(),
+        Counted(files, "file"),
+        Counted(bytes, "byte")
     ));
     println(&url)?;
     let outcome = match args.requests {
@@ -54,8 +59,9 @@ pub fn run(args: &Args) -> Result<()> {
     let forwarded = forward.stop();
     outcome?;
     say(format_args!(
-        "{} connections forwarded, {} of them broken off",
-        forwarded.connections, forwarded.broken
+        "{} forwarded, {} of them broken off",
+        Counted(forwarded.connections, "connection"),
+        forwarded.broken
     ));
     Ok(())
 }

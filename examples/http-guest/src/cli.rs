@@ -1,7 +1,8 @@
 //! The command line.
 
 use crate::limits::MAX_SECONDS;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
+use quickstart::accel::Accel;
 use std::path::PathBuf;
 
 /// Serves a folder over HTTP from a Paravane guest.
@@ -13,12 +14,12 @@ use std::path::PathBuf;
 #[command(name = "http-guest", version, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Args {
     /// The folder to serve [default: the repository's docs]
-    #[arg(long, value_name = "FOLDER", conflicts_with = "pair")]
+    #[arg(value_name = "FOLDER", conflicts_with = "pair")]
     pub folder: Option<PathBuf>,
 
-    /// What runs the guest
-    #[arg(long, value_enum, default_value_t = Accel::Auto)]
-    pub accel: Accel,
+    /// What runs the guest [default: what PV_ACCEL says, or auto]
+    #[arg(long, value_enum)]
+    pub accel: Option<Accel>,
 
     /// The port on 127.0.0.1; 0 takes a free one
     #[arg(long, value_name = "PORT", default_value_t = 8080)]
@@ -42,20 +43,9 @@ pub struct Args {
 const EXAMPLES: &str = "\
 Examples:
   http-guest                               the repository's docs at http://127.0.0.1:8080/
-  http-guest --accel process --folder ~/www
+  http-guest --accel process ~/www
   http-guest --port 0 --requests 10000     fetch every file from eight connections, compare hashes
   http-guest --pair                        Gbit/s between two guests on pv-netd's switch";
-
-/// What runs the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Accel {
-    /// /dev/kvm where it works, a process otherwise
-    Auto,
-    /// /dev/kvm
-    Kvm,
-    /// A confined Linux process
-    Process,
-}
 
 #[cfg(test)]
 mod tests {
@@ -76,11 +66,12 @@ mod tests {
             "--requests 0",
             "--requests -1",
             "--pair --requests 5",
-            "--pair --folder .",
+            "--pair .",
             "--seconds 3",
             "--pair --seconds 0",
             "--pair --seconds 3601",
-            "docs",
+            "docs guests",
+            "--folder docs",
         ] {
             let words = ["http-guest"].into_iter().chain(line.split(' '));
             assert!(Args::try_parse_from(words).is_err(), "{line}");

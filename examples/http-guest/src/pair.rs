@@ -5,6 +5,7 @@ use crate::cli::Args;
 use crate::limits::READY_DEADLINE;
 use crate::vm::{Guest, NET_BACKEND, backend};
 use anyhow::{Context, Result, bail};
+use quickstart::accel::Wanted;
 use quickstart::interrupt;
 use std::io;
 use std::path::Path;
@@ -21,7 +22,7 @@ const PARENT: &str = "HTTP_GUEST_PARENT";
 /// # Errors
 ///
 /// In one sentence, with its causes.
-pub fn run(args: &Args) -> Result<()> {
+pub fn run(args: &Args, accel: Wanted) -> Result<()> {
     let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
     let [first, second] = ["first", "second"].map(|name| scratch.path().join(name));
     let _switch = Switch::start(&[&first, &second])?;
@@ -30,9 +31,9 @@ pub fn run(args: &Args) -> Result<()> {
         "role=source ip=10.0.3.2/24 peer=10.0.3.1 seconds={}",
         args.seconds
     );
-    let mut sink = Guest::on_switch(args.accel, "sink", &first, sink)?.run()?;
+    let mut sink = Guest::on_switch(accel, "sink", &first, sink)?.run()?;
     sink.wait_ready(READY_DEADLINE)?;
-    let mut source = Guest::on_switch(args.accel, "source", &second, &source)?.run()?;
+    let mut source = Guest::on_switch(accel, "source", &second, &source)?.run()?;
     let limit = READY_DEADLINE + Duration::from_secs(args.seconds);
     let sent = source.wait_measured(limit)?;
     let got = sink.wait_measured(READY_DEADLINE)?;

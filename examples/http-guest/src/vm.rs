@@ -1,9 +1,9 @@
 //! The VM, its backends, and what the guest says.
 
-use crate::cli::Accel as Choice;
 use crate::limits::INTERRUPT_CHECK;
 use anyhow::{Context, Result, bail};
 use http_serve::calls::{MEASURED_CALL, READY_CALL};
+use quickstart::accel::Wanted;
 use quickstart::interrupt;
 use quickstart::report::say;
 use std::os::unix::process::CommandExt;
@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use vmm_core::{Accel, BlockConfig, ExitReason, Image, LogLevel, NetConfig, VmBuilder, VmHandle};
+use vmm_core::{BlockConfig, ExitReason, Image, LogLevel, NetConfig, VmBuilder, VmHandle};
 
 /// The names under which this program, started again, is a backend.
 pub const DISK_BACKEND: &str = "pv-blkd";
@@ -70,7 +70,7 @@ impl Guest {
     /// # Errors
     ///
     /// When the guest's image is refused.
-    pub fn server(accel: Choice, disk: &Path, network: &Path) -> Result<Guest> {
+    pub fn server(accel: Wanted, disk: &Path, network: &Path) -> Result<Guest> {
         let (disk, network) = (std::path::absolute(disk)?, network.to_path_buf());
         let disk = BlockConfig::spawn(move || {
             let mut command = backend(DISK_BACKEND);
@@ -98,7 +98,7 @@ impl Guest {
     ///
     /// When the guest's image is refused.
     pub fn on_switch(
-        accel: Choice,
+        accel: Wanted,
         name: &str,
         socket: &Path,
         command_line: &str,
@@ -108,7 +108,7 @@ impl Guest {
         Ok(Guest { builder, ..guest })
     }
 
-    fn new(accel: Choice, name: &str, command_line: &str) -> Result<Guest> {
+    fn new(accel: Wanted, name: &str, command_line: &str) -> Result<Guest> {
         let image = Image::from_bytes(guest_images::HTTP).context("the guest is refused")?;
         let heard = Arc::new(Mutex::new(Heard::default()));
         let (ready, measured, logged) = (heard.clone(), heard.clone(), heard.clone());
@@ -135,13 +135,8 @@ impl Guest {
                     lock(&logged).complaint = Some(line);
                 }
             });
-        let builder = match accel {
-            Choice::Auto => builder,
-            Choice::Kvm => builder.accel(Accel::Kvm),
-            Choice::Process => builder.accel(Accel::Process),
-        };
         Ok(Guest {
-            builder,
+            builder: accel.set(builder),
             heard,
             name: name.into(),
         })

@@ -38,6 +38,7 @@ fn command(scratch: &Path, arguments: &[&str]) -> Command {
     command
         .args(arguments)
         .env("TMPDIR", scratch)
+        .env_remove("PV_ACCEL")
         .stdin(Stdio::null());
     command
 }
@@ -109,16 +110,7 @@ fn every_file_is_fetched_ten_thousand_times_without_an_error() {
     folder(&site);
     let site = site.to_str().expect("a plain path");
     for accel in accels() {
-        let arguments = [
-            "--accel",
-            accel,
-            "--port",
-            "0",
-            "--requests",
-            "10000",
-            "--folder",
-            site,
-        ];
+        let arguments = ["--accel", accel, "--port", "0", "--requests", "10000", site];
         let output = run(scratch.path(), &arguments);
         let text = String::from_utf8_lossy(&output.stdout);
         let errors = String::from_utf8_lossy(&output.stderr);
@@ -270,14 +262,11 @@ fn what_cannot_work_gets_a_sentence() {
     let empty = empty.to_str().expect("a plain path");
     for (arguments, says) in [
         (&["--port", &port][..], "is taken: give another with --port"),
-        (
-            &["--port", "0", "--folder", empty],
-            "holds no file to serve",
-        ),
-        (&["--port", "0", "--folder", "/nowhere"], "/nowhere"),
+        (&["--port", "0", empty], "holds no file to serve"),
+        (&["--port", "0", "/nowhere"], "/nowhere"),
         (&["--port", "70000"], "70000"),
         (&["--requests", "0"], "--requests"),
-        (&["--pair", "--folder", "x"], "--folder"),
+        (&["--pair", "x"], "[FOLDER]"),
         (&["--frobnicate"], "--frobnicate"),
     ] {
         let output = run(scratch.path(), arguments);

@@ -1,5 +1,6 @@
 //! The whole job, from the command line to the report.
 
+use crate::accel::Wanted;
 use crate::cli::Args;
 use crate::pack::{Contents, pack, take};
 use crate::place::{Draft, Place};
@@ -9,6 +10,7 @@ use crate::scan::Plan;
 use crate::verify::verify;
 use anyhow::{Context, Result, bail};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use quickstart_fs::count::Counted;
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::IsTerminal;
@@ -21,12 +23,14 @@ use vmm_core::{Image, ImageError};
 ///
 /// In one sentence, with its causes.
 pub fn run(args: &Args) -> Result<Report> {
+    // First of all what costs nothing to look at.
+    let accel = Wanted::new(args.accel)?;
     let guest = guest_image(args)?;
     let disk = Prepared::new(args)?;
     let outcome = run::run_guest(&GuestRun {
         image: &guest,
         disk: disk.place.path(),
-        accel: args.accel,
+        accel,
         backend: args.backend,
         vcpus: args.vcpus,
         memory: args.memory,
@@ -86,6 +90,10 @@ impl Prepared {
                 disk.display()
             ),
             (Some(disk), None) if disk.exists() => Self::take(disk),
+            (Some(disk), None) => bail!(
+                "there is no disk image {}: name one that exists, or give a FOLDER to make it from",
+                disk.display()
+            ),
             (disk, folder) => {
                 let own = Path::new(env!("CARGO_MANIFEST_DIR"));
                 let root = own.ancestors().nth(2).unwrap_or(own);
@@ -102,9 +110,9 @@ impl Prepared {
         }
         let contents = take(path)?;
         say(format_args!(
-            "taking {}: {} files, {}",
+            "taking {} as it is: {}, {}",
             path.display(),
-            contents.digests.len(),
+            Counted(contents.digests.len() as u64, "file"),
             HumanBytes(contents.bytes)
         ));
         Ok(Prepared {
@@ -139,8 +147,12 @@ impl Prepared {
         }
         let draft = disk.map_or_else(Draft::scratch, Draft::kept)?;
         let contents = pack_with_progress(folder, &plan, draft.file())?;
+        let place = draft.finish()?;
+        if let Some(disk) = disk {
+            say(format_args!("made the disk image {}", disk.display()));
+        }
         Ok(Prepared {
-            place: draft.finish()?,
+            place,
             contents,
             skipped: plan.problems.len(),
         })
@@ -148,13 +160,12 @@ impl Prepared {
 }
 
 fn pack_with_progress(folder: &Path, plan: &Plan, image: &File) -> Result<Contents> {
-    let summary = format!(
-        "packing {}: {} files, {}",
+    say(format_args!(
+        "packing {}: {}, {}",
         folder.display(),
-        plan.files.len(),
+        Counted(plan.files.len() as u64, "file"),
         HumanBytes(plan.bytes())
-    );
-    say(format_args!("{summary}"));
+    ));
     if !std::io::stderr().is_terminal() {
         return pack(plan, image, |_| {});
     }

@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::accel::Accel;
 use crate::limits::MIN_MEMORY;
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
@@ -17,15 +18,15 @@ pub struct Args {
     #[arg(value_name = "FOLDER")]
     pub folder: Option<PathBuf>,
 
-    /// What runs the guest
-    #[arg(long, value_enum, default_value_t = Accel::Auto)]
-    pub accel: Accel,
+    /// What runs the guest [default: what PV_ACCEL says, or auto]
+    #[arg(long, value_enum)]
+    pub accel: Option<Accel>,
 
     /// Where the disk's backend runs
     #[arg(long, value_enum, default_value_t = Backend::Process)]
     pub backend: Backend,
 
-    /// Keep the disk image here; one that exists is taken as it is, without a FOLDER
+    /// With a FOLDER: keep the new disk image here. Without: take this image, which exists, as it is
     #[arg(long, value_name = "PATH")]
     pub disk: Option<PathBuf>,
 
@@ -59,18 +60,8 @@ Examples:
   quickstart                         the repository's docs, on whatever accel there is
   quickstart --accel process ~/notes without /dev/kvm, in a confined process
   quickstart --disk notes.img ~/notes
+                                     keeps the image that it makes
   quickstart --disk notes.img        the same image again";
-
-/// What runs the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Accel {
-    /// /dev/kvm where it works, a process otherwise
-    Auto,
-    /// /dev/kvm
-    Kvm,
-    /// A confined Linux process
-    Process,
-}
 
 /// Where the disk's backend runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -92,6 +83,7 @@ fn parse_memory(text: &str) -> Result<u64, String> {
         "K" | "KB" | "KIB" => 10,
         "M" | "MB" | "MIB" => 20,
         "G" | "GB" | "GIB" => 30,
+        "T" | "TB" | "TIB" => 40,
         _ => return Err(format!("`{text}` is not a size: write it as 64M or 1G")),
     };
     let number: u64 = number
@@ -143,10 +135,20 @@ mod tests {
             "1.5G",
             "99999999999999999999",
             "61G",
+            "1T",
+            "16777216T",
             "18446744073709551615G",
         ];
         for text in wrong {
             parse_memory(text).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn too_much_memory_is_said_to_be_that() {
+        for text in ["61G", "1T", "64TiB", "18446744073709551615T"] {
+            let said = parse_memory(text).unwrap_err();
+            assert_eq!(said, format!("`{text}` is more than 60 GiB"));
         }
     }
 

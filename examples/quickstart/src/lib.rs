@@ -3,6 +3,7 @@
 //! | module | room |
 //! |---|---|
 //! | [`cli`] | the command line |
+//! | [`accel`] | what is to run the guest: by the command line, or by `PV_ACCEL` |
 //! | [`app`] | the whole job, from the command line to the report |
 //! | [`scan`] | what there is to pack, and what cannot be packed |
 //! | [`place`] | where the image lies: under a name when it is whole, or without one |
@@ -15,6 +16,7 @@
 //! | [`limits`] | every bound, with its reason |
 #![forbid(unsafe_code)]
 
+pub mod accel;
 pub mod app;
 pub mod cli;
 pub mod image;

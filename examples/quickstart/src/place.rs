@@ -122,8 +122,7 @@ impl Draft {
                     continue;
                 }
                 Err(error) => {
-                    return Err(error)
-                        .with_context(|| format!("cannot create {}", partial.display()));
+                    return Err(error).with_context(|| format!("cannot create {}", path.display()));
                 }
             };
             // Another run may have taken it for a leftover before it was locked.

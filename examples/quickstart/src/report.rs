@@ -1,5 +1,6 @@
 //! The table at the end.
 
+use quickstart_fs::count::Counted;
 use std::fmt;
 use std::io::{self, Write};
 use std::time::Duration;
@@ -82,6 +83,12 @@ impl fmt::Display for Report {
             row("left out", &self.skipped)?;
         }
         row("bytes", &self.bytes)?;
+        // There is no report of a run whose check failed.
+        let checked = format_args!(
+            "{} and the manifest, on the host, against what was packed",
+            Counted(self.files, "file")
+        );
+        row("checked", &checked)?;
         let rate = self.bytes as f64 / 1e6 / self.hashing.as_secs_f64();
         match rate.is_finite() {
             true => row("hashed at", &format_args!("{rate:.1} MB/s"))?,
@@ -128,6 +135,10 @@ mod tests {
         let text = report.to_string();
         assert!(text.contains("boot time          2.50 ms"), "{text}");
         assert!(text.contains("left out           2"), "{text}");
+        assert!(
+            text.contains("checked            0 files and the manifest, "),
+            "{text}"
+        );
         assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
     }
 }

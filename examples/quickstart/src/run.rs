@@ -1,6 +1,7 @@
 //! The guest's run: a VM with one disk, served by another process, or by a thread of this one.
 
-use crate::cli::{Accel as Choice, Backend};
+use crate::accel::Wanted;
+use crate::cli::Backend;
 use crate::interrupt;
 use crate::report::say;
 use anyhow::{Context, Result, bail};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use vhost_backends::block::{BlockDevice, BlockOptions};
 use vhost_backends::engine::{FileOptions, RawFile};
 use vhost_backends::session;
-use vmm_core::{Accel, BlockConfig, ExitReason, Image, LogLevel, VmBuilder, VmHandle};
+use vmm_core::{BlockConfig, ExitReason, Image, LogLevel, VmBuilder, VmHandle};
 
 /// The name under which this program, started again, is the block backend.
 pub const BACKEND: &str = "pv-blkd";
@@ -32,7 +33,7 @@ pub struct GuestRun<'a> {
     /// Its disk.
     pub disk: &'a Path,
     /// What runs it.
-    pub accel: Choice,
+    pub accel: Wanted,
     /// Where its disk's backend runs.
     pub backend: Backend,
     /// Its virtual CPUs.
@@ -89,10 +90,7 @@ pub fn run_guest(run: &GuestRun<'_>) -> Result<Outcome> {
         bail!("the guest ended without a report: is it a quickstart guest?");
     };
     Ok(Outcome {
-        accel: match run.accel {
-            Choice::Auto => format!("{accel} (picked by itself)"),
-            _ => accel.to_string(),
-        },
+        accel: run.accel.describe(accel),
         boot: started.duration_since(start),
         report,
         exits: stats.exits.total(),
@@ -127,11 +125,7 @@ fn builder(run: &GuestRun<'_>, heard: &Shared) -> Result<VmBuilder> {
                 lock(&logged).complaint = Some(line);
             }
         });
-    Ok(match run.accel {
-        Choice::Auto => builder,
-        Choice::Kvm => builder.accel(Accel::Kvm),
-        Choice::Process => builder.accel(Accel::Process),
-    })
+    Ok(run.accel.set(builder))
 }
 
 fn backend_process(disk: &Path) -> Result<BlockConfig> {

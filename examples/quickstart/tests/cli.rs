@@ -6,7 +6,10 @@ use std::process::{Command, Output};
 
 fn quickstart(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quickstart"));
-    command.args(args).env("NO_COLOR", "1");
+    command
+        .args(args)
+        .env("NO_COLOR", "1")
+        .env_remove("PV_ACCEL");
     command.output().unwrap()
 }
 
@@ -58,6 +61,7 @@ fn arguments() {
     assert!(complaint(&["--backend", "thread"]).contains("possible values: process, in-process"));
     assert!(complaint(&["--vcpus", "0"]).contains("1..=64"));
     assert!(complaint(&["--memory", "1M"]).contains("less than 64 MiB"));
+    assert!(complaint(&["--memory", "1T"]).contains("`1T` is more than 60 GiB"));
     assert!(complaint(&["--memory", "lots"]).contains("write it as 64M or 1G"));
     assert!(complaint(&["--frobnicate"]).contains("--help"));
 }
@@ -101,7 +105,11 @@ fn guests_and_disks() {
     assert!(said.contains("lies in the folder itself"), "{said}");
     let nowhere = dir.path().join("no/such/place.img");
     let said = complaint(&["--disk", text(&nowhere), text(&folder)]);
-    assert!(said.contains("cannot create"), "{said}");
+    // By the name that was given, not by that which an unfinished image has.
+    let named = format!("cannot create {}: ", text(&nowhere));
+    assert!(said.contains(&named), "{said}");
+    let said = complaint(&["--disk", text(&nowhere)]);
+    assert!(said.contains("there is no disk image"), "{said}");
 
     let junk = dir.path().join("junk.img");
     fs::write(&junk, vec![7; 4096]).unwrap();

@@ -1,25 +1,38 @@
 //! The whole job, as a user runs it, on every accel that there is.
 //!
-//! `PARAVANE_ACCEL=kvm` or `=process` forces one, which then has to work.
+//! `PV_ACCEL` chooses the accels, as in all tests: `kvm`, `process` or `all` runs these and fails where
+//! one does not work; unset, every one that works here is run.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use vmm_core::Accel;
 
 /// Far beyond what the slowest of these takes.
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn accels() -> Vec<String> {
-    match std::env::var("PARAVANE_ACCEL") {
-        Ok(accel) => vec![accel],
-        Err(_) if Path::new("/dev/kvm").exists() => vec!["kvm".into(), "process".into()],
-        Err(_) => {
-            eprintln!("skipped: kvm, because there is no /dev/kvm");
-            vec!["process".into()]
+    let both = [Accel::Kvm, Accel::Process];
+    let works = |accel: &Accel| match accel.check() {
+        Ok(()) => true,
+        Err(why) => {
+            // Past the test runner, which keeps what tests print.
+            let _ = writeln!(std::io::stderr(), "\nSKIPPED: everything on {accel}: {why}");
+            false
         }
+    };
+    match std::env::var("PV_ACCEL").as_deref() {
+        Err(_) | Ok("") => both
+            .iter()
+            .filter(|a| works(a))
+            .map(Accel::to_string)
+            .collect(),
+        Ok("all") => both.iter().map(Accel::to_string).collect(),
+        Ok(name) => vec![name.to_owned()],
     }
 }
 
@@ -32,7 +45,10 @@ fn quickstart(args: &[&str]) -> Output {
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quickstart"));
-    command.args(args).args(["--timeout", "60"]);
+    command
+        .args(args)
+        .args(["--timeout", "60"])
+        .env_remove("PV_ACCEL");
     command.stdin(Stdio::null());
     command
 }
@@ -106,11 +122,43 @@ fn one_guest_on_every_accel_with_every_backend() {
             assert_eq!(row(&table, "files"), "3");
             assert_eq!(row(&table, "bytes"), "6000001");
             assert!(row(&table, "hashed at").ends_with("MB/s"), "{table}");
+            assert!(
+                row(&table, "checked").starts_with("3 files and the manifest"),
+                "{table}"
+            );
             guests.push(row(&table, "guest ELF sha256").to_owned());
         }
     }
     guests.dedup();
     assert_eq!(guests.len(), 1, "not the same guest everywhere");
+}
+
+/// Where the command line says nothing, the variable does; "all" is for tests alone.
+#[test]
+fn the_variable_chooses_the_accel() {
+    let (_dir, folder) = folder();
+    for accel in accels() {
+        let child = command(&[text(&folder)])
+            .env("PV_ACCEL", &accel)
+            .stdout(Stdio::piped())
+            .spawn();
+        let output = finish(child.unwrap());
+        assert!(output.status.success(), "{:?}", output.status);
+        let table = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(row(&table, "accel"), format!("{accel} (as PV_ACCEL says)"));
+    }
+    let child = command(&[text(&folder)])
+        .env("PV_ACCEL", "all")
+        .stderr(Stdio::piped())
+        .spawn();
+    let output = finish(child.unwrap());
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.starts_with("quickstart: PV_ACCEL is \"all\": "),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
 }
 
 #[test]
@@ -120,6 +168,10 @@ fn a_disk_is_kept_and_taken_again() {
     for accel in accels() {
         let made = table(&["--accel", &accel, "--disk", text(&disk), text(&folder)]);
         let image = fs::read(&disk).unwrap();
+        let mistyped = dir.path().join("dsik.img");
+        let said = complaint(&["--accel", &accel, "--disk", text(&mistyped)]);
+        assert!(said.contains("there is no disk image"), "{said}");
+        assert!(!mistyped.exists());
         let taken = table(&["--accel", &accel, "--disk", text(&disk)]);
         assert_eq!(row(&made, "bytes"), row(&taken, "bytes"));
         assert_eq!(fs::metadata(&disk).unwrap().len(), image.len() as u64);

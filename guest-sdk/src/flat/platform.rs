@@ -138,7 +138,7 @@ unsafe impl Platform for Flat {
     fn device_table(&self) -> DeviceTable {
         let count = self.boot_block().map_or(0, |boot| boot.device_count);
         // SAFETY: the host maps the table here for the guest's life, with `device_count` entries.
-        unsafe { DeviceTable::new(fixed::<DeviceEntry>(DEVICE_TABLE_BASE), count) }
+        unsafe { DeviceTable::new(const { fixed::<DeviceEntry>(DEVICE_TABLE_BASE) }, count) }
     }
 
     fn arena(&self, index: u32) -> Option<&'static Arena> {
@@ -172,7 +172,7 @@ unsafe impl Platform for Flat {
 }
 
 /// A pointer to a fixed guest-physical address of the ABI, none of which is zero.
-#[allow(clippy::panic)] // In the compiler alone: all of its callers are constants.
+#[allow(clippy::panic)] // In the compiler alone: it is called in constants.
 const fn fixed<T>(address: u64) -> NonNull<T> {
     let pointer = core::ptr::without_provenance_mut::<T>(address as usize);
     match NonNull::new(pointer) {

@@ -11,6 +11,7 @@
 //! | [`walk`] | the FAT volume: every file is hashed, then the manifest is written |
 //! | [`files`] | the same volume, for reading files by their paths |
 //! | [`manifest`] | the manifest's form, and the guest's report to the host |
+//! | [`count`] | numbers of things, as they are said |
 //! | [`limits`] | every bound, with its reason |
 #![no_std]
 #![forbid(unsafe_code)]
@@ -18,6 +19,7 @@
 extern crate alloc;
 
 pub mod cache;
+pub mod count;
 pub mod disk;
 pub mod files;
 pub mod limits;

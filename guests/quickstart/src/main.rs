@@ -13,6 +13,7 @@ use guest_sdk::block;
 use guest_sdk::flat::{Boot, ExitCode};
 use guest_sdk::log::{error, info};
 use guest_sdk::platform::{CallError, Platform};
+use quickstart_fs::count::Counted;
 use quickstart_fs::manifest::{REPORT_CALL, Report, STARTED_CALL};
 use quickstart_fs::walk::{WalkError, hash_volume, timestamp};
 
@@ -42,8 +43,10 @@ fn run(boot: &Boot) -> Result<(), Failure> {
     let now = timestamp(platform.wall_time().as_secs());
     let (summary, disk) = hash_volume(disk, || platform.now_ns(), now).map_err(Failure::Walk)?;
     info!(
-        "{} files in {} folders, {} bytes",
-        summary.files, summary.folders, summary.bytes
+        "{} in {}, {}",
+        Counted(summary.files, "file"),
+        Counted(summary.folders, "folder"),
+        Counted(summary.bytes, "byte")
     );
     let report = Report {
         files: summary.files,
