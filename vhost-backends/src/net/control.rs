@@ -25,6 +25,9 @@ pub(super) fn spawn(
     if setup.features & feature::CTRL_VLAN != 0 {
         link.change_filter(super::Filter::filter_vlans);
     }
+    // Before the frontend hears that the queue is served.
+    let announces = setup.features & feature::GUEST_ANNOUNCE != 0;
+    link.announcement.set_able(announces);
     worker::spawn("net-control".into(), setup, None, move |setup, wake| {
         let (call, err) = (setup.call, setup.err);
         let mut ring = setup.ring;
@@ -61,6 +64,7 @@ pub(super) fn spawn(
                 break;
             }
         }
+        commands.link.announcement.set_able(false);
         QueueStop {
             ring: ring.save(),
             retired: ring.retired(),

@@ -5,6 +5,7 @@
 //! | `transmit` | chains of a transmit queue | batches of checked frames, to a port |
 //! | `receive` | frames, from anywhere | used receive buffers, and a signal for each batch |
 //! | `source` | a port's readable descriptor | frames, read right into receive buffers |
+//! | `announce` | wishes, and the driver's word | the bit `ANNOUNCE`, and word of it |
 //! | `capture` | frames as they pass | a pcapng file |
 //! | `coalesce` | calls to the driver | fewer of them, where it wants that |
 //! | `control` | commands | filters, offloads, queue pairs |
@@ -14,6 +15,7 @@
 //! A frame is copied once at most between two guests, by the thread that serves its sender's
 //! queue; between a guest and a tap the kernel copies, and nobody else.
 
+mod announce;
 mod capture;
 mod coalesce;
 mod config;
@@ -46,6 +48,7 @@ use crate::session::quota::PEER_LINES;
 use crate::session::{
     ConfigRefused, Device, FrontendLink, Notifier, QueueSetup, QueueStop, QueueWorker,
 };
+use announce::Announcement;
 use capture::Capture;
 use coalesce::Coalescing;
 use filter::Filter;
@@ -74,7 +77,7 @@ pub struct NetDevice {
 pub(crate) struct Link {
     options: NetOptions,
     up: AtomicBool,
-    announce: AtomicBool,
+    announcement: Announcement,
     frontend: Mutex<Option<Arc<FrontendLink>>>,
     filter: RwLock<Arc<Filter>>,
     /// Receive offloads that the driver wants now, of those that it negotiated.
@@ -155,6 +158,7 @@ impl Link {
         self.guest_offloads.store(u64::MAX, Ordering::Relaxed);
         self.set_hashing(None);
         self.coalescing.reset();
+        self.announcement.set_able(false);
         self.set_active_pairs(1, port);
     }
 
@@ -169,29 +173,6 @@ impl Link {
             Some(frontend) => frontend.config_changed(),
             // One that comes later reads the configuration then.
             None => Ok(()),
-        }
-    }
-
-    /// The driver has announced itself: it is not asked to any more, and who keeps a copy of the
-    /// configuration hears of that. One thread for each time that it was asked to.
-    fn announced(&self) {
-        if !self.announce.swap(false, Ordering::Relaxed) {
-            return;
-        }
-        let Some(frontend) = self.frontend().clone() else {
-            return;
-        };
-        // The frontend may be waiting for this queue to stop, and would not confirm before.
-        let tell = move || {
-            if let Err(error) = frontend.config_changed() {
-                tracing::debug!(%error, "the frontend was not told of an announcement");
-            }
-        };
-        let thread = std::thread::Builder::new().name("net-notice".into());
-        if let Err(error) = thread.spawn(tell)
-            && PEER_LINES.may_say()
-        {
-            tracing::warn!(%error, "the frontend is not told of an announcement");
         }
     }
 
@@ -226,7 +207,7 @@ impl NetDevice {
         let link = Arc::new(Link {
             options,
             up: AtomicBool::new(true),
-            announce: AtomicBool::new(false),
+            announcement: Announcement::default(),
             frontend: Mutex::default(),
             filter: RwLock::new(Arc::new(Filter::open(options.mac))),
             guest_offloads: AtomicU64::new(u64::MAX),
@@ -273,7 +254,7 @@ impl NetDevice {
 
     /// Asks the guest to announce itself, as after it was moved.
     pub fn announce(&self) -> io::Result<()> {
-        self.link.announce.store(true, Ordering::Relaxed);
+        self.link.announcement.want();
         self.link.tell()
     }
 
@@ -337,7 +318,7 @@ impl Device for NetDevice {
 
     fn config(&self) -> Vec<u8> {
         let mac = self.link.filter().mac;
-        let announce = self.link.announce.load(Ordering::Relaxed);
+        let announce = self.link.announcement.is_wanted();
         config::space(&self.options, mac, self.link.is_up(), announce)
     }
 
@@ -370,6 +351,8 @@ impl Device for NetDevice {
     }
 
     fn announce_guest(&self, mac: [u8; 6]) -> bool {
+        // Who can knows more to say than this address: its VLANs, and what it is called on them.
+        self.link.moved();
         let refused = if !self.link.is_up() {
             Some(Drop::LinkDown)
         } else {

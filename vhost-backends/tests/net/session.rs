@@ -123,47 +123,121 @@ fn memory_that_can_be_cut_off_is_refused_where_others_depend_on_it() {
     }
 }
 
+/// The frontend's end of the device's own channel.
+fn own_channel(front: &mut NetFront) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let theirs = std::fs::File::from(std::os::fd::OwnedFd::from(theirs));
+    assert!(front.client.set(21, &[], &[&theirs]));
+    ours
+}
+
+/// Takes word of a change of configuration, and confirms it.
+fn told(channel: &mut UnixStream) {
+    let mut head = [0; 12];
+    channel.read_exact(&mut head).unwrap();
+    let [request, flags, size] =
+        [0, 4, 8].map(|at| u32::from_ne_bytes(head[at..at + 4].try_into().unwrap()));
+    assert_eq!((request, size), (2, 0), "a change of configuration");
+    if flags & 8 != 0 {
+        let reply: [u32; 5] = [request, 1 | 4, 8, 0, 0];
+        let bytes = reply.map(u32::to_ne_bytes).concat();
+        channel.write_all(&bytes).unwrap();
+    }
+}
+
+fn status(front: &mut NetFront) -> u16 {
+    let ask = [6u32.to_le_bytes(), 2u32.to_le_bytes(), [0; 4]].concat();
+    let reply = front.client.query(24, &[&ask[..], &[0; 2]].concat());
+    u16::from_le_bytes([reply[12], reply[13]])
+}
+
 #[test]
 fn who_was_asked_to_announce_itself_is_not_asked_again() {
     let device = device(Loopback::default());
     let mut front = NetFront::start(device.clone(), BASE | CTRL, 3);
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
-    ours.set_read_timeout(Some(TIMEOUT)).unwrap();
-    let theirs = std::fs::File::from(std::os::fd::OwnedFd::from(theirs));
-    assert!(front.client.set(21, &[], &[&theirs]));
-    drop(theirs);
-    let mut told = || {
-        let mut head = [0; 12];
-        ours.read_exact(&mut head).unwrap();
-        let [request, flags, size] =
-            [0, 4, 8].map(|at| u32::from_ne_bytes(head[at..at + 4].try_into().unwrap()));
-        assert_eq!((request, size), (2, 0), "a change of configuration");
-        if flags & 8 != 0 {
-            let reply: [u32; 5] = [request, 1 | 4, 8, 0, 0];
-            let bytes = reply.map(u32::to_ne_bytes).concat();
-            ours.write_all(&bytes).unwrap();
-        }
-    };
-    let status = |front: &mut NetFront| {
-        let ask = [6u32.to_le_bytes(), 2u32.to_le_bytes(), [0; 4]].concat();
-        let reply = front.client.query(24, &[&ask[..], &[0; 2]].concat());
-        u16::from_le_bytes([reply[12], reply[13]])
-    };
+    let mut ours = own_channel(&mut front);
     for _ in 0..3 {
         let asked = device.clone();
         let asking = std::thread::spawn(move || asked.announce());
-        told();
+        told(&mut ours);
         asking.join().unwrap().unwrap();
         assert_eq!(status(&mut front), 3);
         // Acknowledged before the command comes back; the frontend is told after that.
         assert_eq!(front.command(2, &[&[3, 0]]), 0);
         assert_eq!(status(&mut front), 1);
-        told();
+        told(&mut ours);
         // Again: there is nothing to tell.
         assert_eq!(front.command(2, &[&[3, 0]]), 0);
     }
     drop(front);
     assert_eq!(ours.read(&mut [0]).unwrap(), 0, "something else was said");
+}
+
+/// A guest that was moved (`SEND_RARP`).
+const MOVED: (u32, [u8; 8]) = (19, [0x52, 0x54, 0, 0, 0, 1, 0, 0]);
+
+#[test]
+fn a_guest_that_was_moved_is_announced_and_asked_to_do_so_itself() {
+    const ANNOUNCE: u64 = 1 << 21;
+    let device = device(Loopback::default());
+    let announced = || device.stats().snapshot().dropped(Drop::NoBuffer);
+    // No control queue to say that it is done, no such feature: it is not asked.
+    for (features, queues) in [(BASE | CTRL, 2), (BASE | CTRL & !ANNOUNCE, 3)] {
+        let before = announced();
+        let mut front = NetFront::start(device.clone(), features, queues);
+        assert!(front.client.set(MOVED.0, &MOVED.1, &[]));
+        assert_eq!(status(&mut front), 1);
+        assert_eq!(announced(), before + 1, "it came back and found no buffer");
+    }
+    for round in 0..3 {
+        let mut front = NetFront::start(device.clone(), BASE | CTRL, 3);
+        let mut ours = own_channel(&mut front);
+        // What was asked for and not done before stays, and is no news.
+        assert_eq!(status(&mut front), if round == 0 { 1 } else { 3 });
+        for _ in 0..2 {
+            let before = announced();
+            assert!(front.client.set(MOVED.0, &MOVED.1, &[]));
+            assert_eq!(status(&mut front), 3);
+            assert_eq!(announced(), before + 1);
+        }
+        if round == 0 {
+            // Once for both.
+            told(&mut ours);
+        }
+        assert_eq!(front.command(2, &[&[3, 0]]), 0);
+        assert_eq!(status(&mut front), 1);
+        told(&mut ours);
+        assert!(front.client.set(MOVED.0, &MOVED.1, &[]));
+        told(&mut ours);
+        assert_eq!(status(&mut front), 3);
+        drop(front);
+        assert_eq!(ours.read(&mut [0]).unwrap(), 0, "something else was said");
+    }
+}
+
+#[test]
+fn a_frontend_that_listens_to_nothing_has_one_thread_to_tell_it() {
+    let device = device(Loopback::default());
+    let mut front = NetFront::start(device.clone(), BASE | CTRL, 3);
+    let mut ours = own_channel(&mut front);
+    let tellers = || {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm"));
+        let names = tasks.map(|task| name(task.unwrap()).unwrap_or_default());
+        names.filter(|name| name.trim() == "net-notice").count()
+    };
+    let mut most = 0;
+    for _ in 0..50 {
+        assert!(front.client.set(MOVED.0, &MOVED.1, &[]));
+        assert_eq!(front.command(2, &[&[3, 0]]), 0);
+        most = most.max(tellers());
+    }
+    // Those of other tests in this process have one each.
+    assert!((1..=4).contains(&most), "{most} threads");
+    // What was put together is told, in the end.
+    told(&mut ours);
+    told(&mut ours);
 }
 
 /// Panics at a frame that begins with a zero, and gives back all others.

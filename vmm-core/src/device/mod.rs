@@ -26,7 +26,6 @@ use pv_abi::device::{DeviceEntry, DeviceState, kind};
 use pv_abi::layout::{DEVICE_TABLE_BASE, VMM_BASE};
 use pv_abi::limits::MAX_CONFIG;
 use pv_abi::status::Status;
-use pv_abi::virtio::net::feature::GUEST_ANNOUNCE;
 use std::io;
 use std::mem::offset_of;
 use std::sync::atomic::{Ordering, fence};
@@ -63,7 +62,8 @@ pub(crate) trait Backend: Send {
     fn offer(&mut self) -> io::Result<Option<Offer>> {
         Ok(None)
     }
-    /// Says on the network where the card with this address is now, for a guest that cannot.
+    /// Has it said on the network where the card with this address is now: by the backend, and by a
+    /// guest that can.
     fn announce(&mut self, _mac: [u8; 6]) -> io::Result<()> {
         Ok(())
     }
@@ -101,7 +101,7 @@ impl SlotState {
             *to = *from;
         }
         if let Some(link) = self.link {
-            link.apply(self.offer.features, &mut config);
+            link.apply(&mut config);
         }
         config
     }
@@ -176,7 +176,7 @@ impl Slot {
             && let Some(link) = &mut state.link
         {
             // It was in use behind another backend.
-            link.announce = true;
+            link.moved = true;
         }
         self.publish(&state)?;
         self.config_event(&state)
@@ -264,13 +264,11 @@ impl Slot {
         state.state = DeviceState::Active;
         state.generation = state.generation.wrapping_add(1);
         let generation = state.generation;
-        let announced = match &mut state.link {
-            Some(link) if setup.features & GUEST_ANNOUNCE == 0 => {
-                std::mem::take(&mut link.announce)
-            }
-            _ => false,
+        let moved = match &mut state.link {
+            Some(link) => std::mem::take(&mut link.moved),
+            None => false,
         };
-        let mac = net::mac(&state.offer.config).filter(|_| announced);
+        let mac = net::mac(&state.offer.config).filter(|_| moved);
         self.publish(&state).map_err(|_| Status::HostError)?;
         drop(state);
         if let Some(mac) = mac
@@ -339,10 +337,6 @@ impl Slot {
         let mut state = self.lock();
         if active {
             state.generation = state.generation.wrapping_add(1);
-            if let Some(link) = &mut state.link {
-                // The driver has seen it.
-                link.announce = false;
-            }
         }
         if state.undrained {
             // The configuration event will say when to try again.

@@ -160,6 +160,10 @@ impl Model for Net {
         if !says_status {
             config.status = status::LINK_UP;
         }
+        if !says_status || !served.tells {
+            // Nobody would ask the guest, or nobody hear that it is done.
+            features &= !feature::GUEST_ANNOUNCE;
+        }
         config.max_virtqueue_pairs = self.pairs;
         match self.mtu {
             Some(mtu) => {
@@ -198,26 +202,25 @@ impl Net {
 pub(crate) struct LinkStatus {
     /// The embedder has not taken it down.
     pub(crate) up: bool,
-    /// The card may be somewhere else than it was: behind a new backend, on a new host.
-    pub(crate) announce: bool,
+    /// The card is somewhere else than it was, behind a new backend or on a new host, and the network
+    /// has not been told. Who tells it is the backend, and the guest when the backend asks it to: the
+    /// bit `ANNOUNCE` is the backend's, which hears when the guest is done.
+    pub(crate) moved: bool,
 }
 
 impl LinkStatus {
     pub(crate) const NEW: LinkStatus = LinkStatus {
         up: true,
-        announce: false,
+        moved: false,
     };
 
-    /// Puts it into a configuration space that is offered with these features.
-    pub(crate) fn apply(self, features: u64, space: &mut [u8]) {
+    /// Puts it into a configuration space.
+    pub(crate) fn apply(self, space: &mut [u8]) {
         let Ok((config, _)) = Config::mut_from_prefix(space) else {
             return;
         };
         if !self.up {
             config.status &= !status::LINK_UP;
-        }
-        if self.announce && features & feature::GUEST_ANNOUNCE != 0 {
-            config.status |= status::ANNOUNCE;
         }
     }
 }
@@ -253,6 +256,7 @@ mod tests {
                 | STANDBY,
             queues: u64::from(2 * pairs + 1),
             config: Some(config.as_bytes().to_vec()),
+            tells: true,
         }
     }
 
@@ -283,6 +287,17 @@ mod tests {
         let mut down = full(1);
         down.config.as_mut().unwrap()[6] = 0;
         assert_eq!({ offered(&own, &down).1.status }, 0);
+        // Who asks a guest to announce itself has a status, and says when that is over.
+        for (lacks, tells) in [(feature::STATUS, true), (0, false)] {
+            let mut served = full(1);
+            served.features &= !lacks;
+            served.tells = tells;
+            assert_eq!(
+                offered(&own, &served).0 & feature::GUEST_ANNOUNCE,
+                0,
+                "{tells}"
+            );
+        }
     }
 
     #[test]
@@ -298,7 +313,7 @@ mod tests {
         assert_eq!({ config.status }, status::LINK_UP);
         assert_eq!({ config.max_virtqueue_pairs }, 1);
         assert_eq!(
-            features & (OF_BACKEND_CONFIG | OF_FILTERS | feature::MTU),
+            features & (OF_BACKEND_CONFIG | OF_FILTERS | feature::MTU | feature::GUEST_ANNOUNCE),
             0
         );
         assert_ne!(features & feature::MAC, 0);
@@ -333,23 +348,27 @@ mod tests {
 
     #[test]
     fn the_link_is_up_where_all_agree() {
-        let space = |link: LinkStatus, status: u16, features: u64| {
+        let space = |link: LinkStatus, status: u16| {
             let mut config = Config {
                 status,
                 ..Config::default()
             };
-            link.apply(features, config.as_mut_bytes());
+            link.apply(config.as_mut_bytes());
             config.status
         };
         let down = LinkStatus {
             up: false,
-            announce: true,
+            moved: true,
         };
-        assert_eq!(space(LinkStatus::NEW, 1, 0), 1);
-        assert_eq!(space(LinkStatus::NEW, 0, u64::MAX), 0);
-        assert_eq!(space(down, 1, 0), 0);
-        assert_eq!(space(down, 1, u64::MAX), status::ANNOUNCE);
-        down.apply(u64::MAX, &mut [0; 3]);
+        assert_eq!(space(LinkStatus::NEW, status::LINK_UP), status::LINK_UP);
+        assert_eq!(space(LinkStatus::NEW, 0), 0);
+        assert_eq!(space(down, status::LINK_UP), 0);
+        // What the backend asks for is not the link's.
+        assert_eq!(
+            space(down, status::LINK_UP | status::ANNOUNCE),
+            status::ANNOUNCE
+        );
+        down.apply(&mut [0; 3]);
     }
 
     #[test]

@@ -39,7 +39,7 @@ const WANTED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::CONFIG
 const VERSION: u32 = 1;
 /// The MTU that the guest is told.
 const NET_SET_MTU: u32 = 20;
-/// The network is to learn where a card is now.
+/// The network is to learn where a card is now; a backend may ask the guest to say so as well.
 const SEND_RARP: u32 = 19;
 
 /// A backend that has shaken hands.
@@ -116,6 +116,7 @@ impl VhostUser {
             features: offered & PASSED_ON,
             queues,
             config,
+            tells: notices.is_some(),
         };
         let offer = model.offer(&served)?;
         let backend = VhostUser {

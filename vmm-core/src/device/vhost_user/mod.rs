@@ -78,6 +78,8 @@ pub struct Served {
     pub(crate) queues: u64,
     /// Configuration space, from a backend that has one.
     pub(crate) config: Option<Vec<u8>>,
+    /// Whether it says when that changes.
+    pub(crate) tells: bool,
 }
 
 impl Served {
