@@ -59,7 +59,7 @@ pub const MIN_RECEIVE_BUFFER: usize = 256;
 pub const NET_QUEUE_SIZE: u16 = 256;
 /// Entries of the control queue: everything that is set fits in it at once, for a device that
 /// comes back.
-pub const CONTROL_QUEUE_SIZE: u16 = 128;
+pub const CONTROL_QUEUE_SIZE: u16 = 256;
 /// How long the control queue's device may take to answer while it is there; beside that, it may stay
 /// away. The host side of a command is a few system calls.
 pub const CONTROL_TIMEOUT: Duration = Duration::from_secs(10);

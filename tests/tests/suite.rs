@@ -209,6 +209,8 @@ const CASES: &[(&str, End)] = &[
     ("net.reopen", Fine),
     ("net.forgotten", Fine),
     ("net.bad_setup", Fine),
+    ("net.announce", Fine),
+    ("net.coalesce", Fine),
     ("net.kill", Fine),
     ("net.raw_good", Fine),
     ("net.private_ram_sent", Fine),

@@ -44,6 +44,8 @@ pub(crate) struct Card {
     pub(crate) refuse: Option<(u8, u8)>,
     /// Answers every command with this.
     pub(crate) answer: Option<u8>,
+    /// What a queue coalesces.
+    pub(crate) result: [u8; 8],
     /// Leaves commands unanswered.
     pub(crate) mute: bool,
     /// Says that it wrote so many bytes of what it sent.
@@ -146,11 +148,17 @@ impl Host {
             self.card.commands.push((command, bytes[2..].to_vec()));
             let refused = self.card.refuse == Some(command);
             let answer = if refused { control::ERR } else { control::OK };
-            let &[(at, 1)] = &chain.writable[..] else {
-                panic!("one byte of answer")
+            let result = match command {
+                control::NOTF_COAL_VQ_GET => &self.card.result[..],
+                _ => &[],
             };
+            let &[(at, room)] = &chain.writable[..] else {
+                panic!("one segment")
+            };
+            assert_eq!(room as usize, 1 + result.len(), "room for the answer");
             queue.write(at, &[self.card.answer.unwrap_or(answer)]);
-            signal |= queue.complete(chain.head, 1);
+            queue.write(at + 1, result);
+            signal |= queue.complete(chain.head, room);
         }
         Some(signal)
     }

@@ -109,7 +109,9 @@ pub(super) fn consistent(features: u64, whole_frames: bool) -> u64 {
                 | feature::CTRL_VLAN
                 | feature::GUEST_ANNOUNCE
                 | feature::MQ
-                | feature::CTRL_MAC_ADDR,
+                | feature::CTRL_MAC_ADDR
+                | feature::VQ_NOTF_COAL
+                | feature::NOTF_COAL,
         ),
         (feature::STATUS, feature::GUEST_ANNOUNCE),
         (feature::CSUM, HOST_CUTS | feature::HOST_ECN),

@@ -6,12 +6,13 @@
 //! that comes back does not hear of it.
 
 use super::config::Shared;
+use super::settings::Settings;
 use super::{Error, Nic};
 use crate::device::{Channel, Core, Failed, Ring, Segments, Submission};
 use crate::limits::{CONTROL_TIMEOUT, LOSS_POLL, MAX_FILTER, MAX_VLANS};
 use crate::platform::{Arena, DmaBuf, OutOfArena, Platform};
 use crate::sync::SpinLock;
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU16, Ordering};
@@ -22,6 +23,9 @@ use pv_abi::virtio::net::{control, feature};
 /// The answer before the device has written one.
 const UNANSWERED: u8 = 0xff;
 
+/// Bytes of the longest result, what a queue coalesces.
+const MAX_RESULT: usize = 8;
+
 /// Highest VLAN number (IEEE 802.1Q: 4095 is reserved).
 const MAX_VLAN: u16 = 4094;
 
@@ -29,7 +33,7 @@ const MAX_VLAN: u16 = 4094;
 #[derive(Debug)]
 pub(super) struct Command {
     bytes: Vec<u8>,
-    /// The bytes and, behind them, the answer.
+    /// The bytes and, behind them, the answer and the result.
     buf: DmaBuf,
     /// Who waits for it; nobody, if it tells a device that came back what was set.
     ticket: Option<u64>,
@@ -41,22 +45,36 @@ impl Command {
         command: (u8, u8),
         data: &[u8],
         ticket: Option<u64>,
+        result: usize,
     ) -> Result<Self, OutOfArena> {
         let mut bytes = Vec::with_capacity(2 + data.len());
         bytes.extend_from_slice(&[command.0, command.1]);
         bytes.extend_from_slice(data);
         Ok(Command {
-            buf: arena.alloc(bytes.len() + 1)?,
+            buf: arena.alloc(bytes.len() + 1 + result)?,
             bytes,
             ticket,
         })
     }
 
-    fn answer(&self) -> u8 {
-        let mut answer = [UNANSWERED];
-        self.buf.read(self.bytes.len(), &mut answer);
-        answer[0]
+    fn answer(&self) -> Answer {
+        let mut code = [UNANSWERED];
+        self.buf.read(self.bytes.len(), &mut code);
+        let [code] = code;
+        let mut result = [0; MAX_RESULT];
+        let at = self.bytes.len() + 1;
+        let len = self.buf.len().saturating_sub(at).min(MAX_RESULT);
+        self.buf.read(at, &mut result[..len]);
+        Answer { code, result }
     }
+}
+
+/// What the device has said to a command.
+#[derive(Clone, Copy, Debug)]
+struct Answer {
+    code: u8,
+    /// What it gives beside, zero where it gives nothing.
+    result: [u8; MAX_RESULT],
 }
 
 impl Submission for Command {
@@ -64,54 +82,14 @@ impl Submission for Command {
         // Written again for each generation: a peer may have changed it.
         self.buf.write(0, &self.bytes);
         self.buf.write(self.bytes.len(), &[UNANSWERED]);
+        let rest = self.buf.len() - self.bytes.len();
+        self.buf
+            .write(self.bytes.len() + 1, &[0; MAX_RESULT][..rest - 1]);
         // At most two tables of `MAX_FILTER` addresses.
         let len = self.bytes.len() as u32;
         segments.push(self.buf.gpa(), len, false);
-        segments.push(self.buf.gpa() + u64::from(len), 1, true);
-    }
-}
-
-/// Commands of which the last one counts, in the order in which a device that comes back hears them.
-const SETTINGS: [(u8, u8); 5] = [
-    control::MQ_VQ_PAIRS_SET,
-    control::RX_PROMISC,
-    control::RX_ALLMULTI,
-    control::MAC_ADDR_SET,
-    control::MAC_TABLE_SET,
-];
-
-/// What the device was told, and is told again: "off" as much as "on", for a device may begin with
-/// either.
-#[derive(Debug, Default)]
-struct Settings {
-    /// What went with the last of each of [`SETTINGS`].
-    values: [Option<Vec<u8>>; SETTINGS.len()],
-    /// Little-endian, as they are sent.
-    vlans: BTreeSet<[u8; 2]>,
-}
-
-impl Settings {
-    /// The device has done this.
-    fn done(&mut self, command: (u8, u8), data: &[u8]) {
-        let slot = SETTINGS.iter().position(|&setting| setting == command);
-        if let Some(value) = slot.and_then(|slot| self.values.get_mut(slot)) {
-            *value = Some(data.to_vec());
-        } else if let Ok(vlan) = data.try_into() {
-            match command {
-                control::VLAN_ADD => _ = self.vlans.insert(vlan),
-                control::VLAN_DEL => _ = self.vlans.remove(&vlan),
-                _ => {}
-            }
-        }
-    }
-
-    fn commands(&self) -> Vec<((u8, u8), Vec<u8>)> {
-        let values = SETTINGS.iter().zip(&self.values);
-        let values = values.filter_map(|(&command, value)| Some((command, value.clone()?)));
-        let vlans = self.vlans.iter();
-        values
-            .chain(vlans.map(|vlan| (control::VLAN_ADD, vlan.to_vec())))
-            .collect()
+        // And `MAX_RESULT` behind the answer.
+        segments.push(self.buf.gpa() + u64::from(len), rest as u32, true);
     }
 }
 
@@ -129,7 +107,7 @@ struct State {
     settings: Settings,
     next_ticket: u64,
     /// For those who wait: their answers, once they are there.
-    answers: BTreeMap<u64, Option<u8>>,
+    answers: BTreeMap<u64, Option<Answer>>,
 }
 
 impl ControlRing {
@@ -171,7 +149,8 @@ impl ControlRing {
         match command.ticket {
             Some(ticket) => {
                 let mut state = self.state.lock();
-                if let (control::OK, [class, number, data @ ..]) = (answer, &command.bytes[..]) {
+                if let (control::OK, [class, number, data @ ..]) = (answer.code, &command.bytes[..])
+                {
                     state.settings.done((*class, *number), data);
                 }
                 // Nobody waits for one that was given up; what it did is done all the same.
@@ -185,7 +164,7 @@ impl ControlRing {
                 let _none_left =
                     self.replaying
                         .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
-                if answer != control::OK {
+                if answer.code != control::OK {
                     let name = command.bytes.get(..2).unwrap_or_default();
                     log::warn!("network card: it came back and refuses command {name:?}");
                 }
@@ -206,7 +185,7 @@ impl ControlRing {
         };
         let mut list = Vec::with_capacity(commands.len());
         for (command, data) in commands {
-            match Command::new(self.arena, command, &data, None) {
+            match Command::new(self.arena, command, &data, None, 0) {
                 Ok(command) => list.push(command),
                 Err(error) => log::error!("network card: cannot tell it what was set: {error}"),
             }
@@ -374,7 +353,23 @@ impl<P: Platform> Control<P> {
     }
 
     /// Sends a command and waits for its answer.
-    fn command(&mut self, needed: u64, command: (u8, u8), data: &[u8]) -> Result<(), Error> {
+    pub(super) fn command(
+        &mut self,
+        needed: u64,
+        command: (u8, u8),
+        data: &[u8],
+    ) -> Result<(), Error> {
+        self.ask::<0>(needed, command, data).map(|_| ())
+    }
+
+    /// Sends a command and waits for its answer, and the `N` bytes behind that.
+    pub(super) fn ask<const N: usize>(
+        &mut self,
+        needed: u64,
+        command: (u8, u8),
+        data: &[u8],
+    ) -> Result<[u8; N], Error> {
+        const { assert!(N <= MAX_RESULT) };
         if self.shared.core.features() & needed == 0 {
             return Err(Error::Unsupported);
         }
@@ -386,13 +381,19 @@ impl<P: Platform> Control<P> {
             state.answers.insert(ticket, None);
             ticket
         };
-        let outcome = self.run(ticket, command, data);
+        let sent = Command::new(ring.arena, command, data, Some(ticket), N);
+        let outcome = match sent {
+            Ok(command) => self.run(ticket, command),
+            Err(error) => Err(error.into()),
+        };
         ring.state.lock().answers.remove(&ticket);
-        outcome
+        let mut result = [0; N];
+        result.copy_from_slice(&outcome?[..N]);
+        Ok(result)
     }
 
-    fn run(&mut self, ticket: u64, command: (u8, u8), data: &[u8]) -> Result<(), Error> {
-        let mut unsent = Some(Command::new(self.ring.arena, command, data, Some(ticket))?);
+    fn run(&mut self, ticket: u64, command: Command) -> Result<[u8; MAX_RESULT], Error> {
+        let mut unsent = Some(command);
         let core = &self.shared.core;
         let platform = core.platform();
         let timeout = match self.timeout {
@@ -423,7 +424,7 @@ impl<P: Platform> Control<P> {
             }
             match self.ring.state.lock().answers.get(&ticket) {
                 Some(None) => {}
-                Some(Some(control::OK)) => return Ok(()),
+                Some(Some(answer)) if answer.code == control::OK => return Ok(answer.result),
                 _ => return Err(Error::Refused),
             }
             if platform.now_ns() >= deadline {

@@ -18,10 +18,12 @@
 //! |---|---|
 //! | `header` | [`Offload`], [`Checksum`], [`Segmentation`]: the 12 bytes before a frame |
 //! | `receive`, `transmit` | the two halves of a pair |
-//! | `control` | what the card receives, and what it is told |
+//! | `control`, `settings` | what the card receives, and what it is told, once and again |
+//! | `coalesce` | fewer calls of the device, each for more packets |
 //! | `config` | link, MTU, address; which features go together |
 //! | `stack`, `smoltcp`, `embassy` | a pair for network stacks that want slices |
 
+mod coalesce;
 mod config;
 mod control;
 #[cfg(feature = "embassy")]
@@ -29,6 +31,7 @@ mod embassy;
 mod error;
 mod header;
 mod receive;
+mod settings;
 #[cfg(feature = "smoltcp")]
 mod smoltcp;
 #[cfg(any(feature = "smoltcp", feature = "embassy"))]
@@ -37,6 +40,7 @@ mod stack;
 mod tests;
 mod transmit;
 
+pub use coalesce::Coalescing;
 pub use config::Link;
 pub use control::Control;
 #[cfg(feature = "embassy")]
@@ -88,6 +92,8 @@ const KNOWN: u64 = feature::VERSION_1
     | net_feature::CTRL_VLAN
     | net_feature::CTRL_MAC_ADDR
     | net_feature::GUEST_ANNOUNCE
+    | net_feature::VQ_NOTF_COAL
+    | net_feature::NOTF_COAL
     | net_feature::MQ;
 
 /// How a queue pair is set up.
@@ -269,7 +275,8 @@ impl<P: Platform> Nic<P> {
     }
 
     /// Says where the card is now, where the device has asked for it ([`Link::announce`]): sends a
-    /// reverse ARP request, as every switch on the way learns from, and acknowledges.
+    /// reverse ARP request, as every switch on the way learns from, and acknowledges. The device then
+    /// asks no more, which shows a moment later, with an event of the configuration.
     ///
     /// # Errors
     ///

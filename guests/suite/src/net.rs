@@ -7,11 +7,14 @@ use alloc::vec::Vec;
 use alloc::{format, vec};
 use core::time::Duration;
 use guest_sdk::flat::{Boot, Flat};
-use guest_sdk::net::{self, Nic, NicConfig, Offload, Opened, PairConfig, Receiver, Transmitter};
+use guest_sdk::net::{
+    self, Coalescing, Error, Nic, NicConfig, Offload, Opened, PairConfig, Receiver, Transmitter,
+};
 use guest_sdk::platform::{DeviceInfo, Platform};
 use pv_abi::call::number;
 use pv_abi::device::kind;
-use pv_abi::virtio::net::feature::{MRG_RXBUF, STATUS};
+use pv_abi::vcpu::EVENT_WORDS;
+use pv_abi::virtio::net::feature::{GUEST_ANNOUNCE, MRG_RXBUF, STATUS};
 
 pub const CASES: &[Case] = &[
     ("net.echo", echo),
@@ -22,6 +25,8 @@ pub const CASES: &[Case] = &[
     ("net.backend_link", backend_link),
     ("net.reopen", reopen),
     ("net.forgotten", forgotten),
+    ("net.announce", announce),
+    ("net.coalesce", coalesce),
     ("net.kill", kill),
 ];
 
@@ -175,15 +180,21 @@ fn ask(boot: &Boot, switch: u64, up: bool) -> Result<bool, String> {
     Ok(answer.map_err(text("ask for the link"))? != 0)
 }
 
-/// Waits until the link is seen so.
-fn see(boot: &Boot, nic: &Nic<Flat>, up: bool) -> Outcome {
+/// Looks again and again until it is so.
+fn until(boot: &Boot, what: &str, mut so: impl FnMut() -> Result<bool, String>) -> Outcome {
     let start = boot.platform().now_ns();
-    while nic.link().up != up {
-        let late = boot.platform().now_ns() - start > 10_000_000_000;
-        ensure!(!late, "the link was not seen to be up: {up}");
+    while !so()? {
+        let late = boot.platform().now_ns() - start > 20_000_000_000;
+        ensure!(!late, "not seen in time: {what}");
         boot.platform().idle(Some(Duration::from_millis(5)));
         boot.platform().take_events(0, u64::MAX);
     }
+    Ok(())
+}
+
+/// Waits until the link is seen so.
+fn see(boot: &Boot, nic: &Nic<Flat>, up: bool) -> Outcome {
+    until(boot, "the link", || Ok(nic.link().up == up))?;
     ensure!(nic.take_config_change(), "the change was not told");
     Ok(())
 }
@@ -246,6 +257,147 @@ fn forgotten(boot: &Boot) -> Outcome {
         let device = card(boot)?.index.into();
         reset(boot, device).map_err(text("reset"))?;
     }
+    Ok(())
+}
+
+/// A card whose backend was replaced is asked to say where it is, until it has, and is not asked again:
+/// all of it while it stays as it is.
+fn announce(boot: &Boot) -> Outcome {
+    let mut opened = open(boot, 1, 0)?;
+    let mut pair = opened.pairs.pop().ok_or("no pair")?;
+    let control = opened.control.as_mut().ok_or("no control queue")?;
+    let nic = opened.nic;
+    ensure!(nic.features() & GUEST_ANNOUNCE != 0, "it cannot be asked");
+    ensure!(!nic.link().announce, "a new card is asked");
+    let mut ends = 0;
+    for round in 0..3u64 {
+        let before = nic.generation();
+        until(boot, "that it is asked", || {
+            while let Some(frame) = pair.0.poll().map_err(text("poll"))? {
+                pair.0.recycle(frame);
+            }
+            if nic.generation() == before {
+                ends += 1;
+                let args = [ends, 0, 0, 0, 0, 0];
+                let answer = boot.platform().call(number::EMBEDDER + 7, args);
+                answer.map_err(text("ask for its end"))?;
+            }
+            Ok(nic.generation().is_some_and(|now| before != Some(now)) && nic.link().announce)
+        })?;
+        let generation = nic.generation();
+        round_trip(&mut pair, &frame(MAC, round, 100))?;
+        ensure!(nic.link().announce, "it has not said where it is");
+        let _ = nic.take_config_change();
+        nic.announce(&mut pair.1, control)
+            .map_err(text("announce"))?;
+        until(boot, "that it is over", || Ok(!nic.link().announce))?;
+        ensure!(nic.take_config_change(), "that it is over was not told");
+        let own = pair.0.receive(DAY).map_err(text("receive"))?;
+        let own = own.ok_or("its own announcement did not come back")?;
+        let mut bytes = [0; 14];
+        own.read(0, &mut bytes);
+        pair.0.recycle(own);
+        ensure!(bytes.ends_with(&[0x80, 0x35]), "another frame: {bytes:?}");
+        round_trip(&mut pair, &frame(MAC, round, 100))?;
+        ensure!(!nic.link().announce, "it is asked again");
+        ensure!(nic.generation() == generation, "it was reset");
+    }
+    Ok(())
+}
+
+/// Frames go round one by one, and each is to be called for; how many calls there are.
+fn calls(boot: &Boot, (receiver, transmitter): &mut Pair) -> Result<u64, String> {
+    let (platform, event) = (boot.platform(), receiver.event());
+    let called = || {
+        let pending = |word| platform.take_events(word, u64::MAX);
+        let pending: [u64; EVENT_WORDS] = core::array::from_fn(pending);
+        let word = pending.get(event as usize / 64);
+        word.is_some_and(|word| word & 1 << (event % 64) != 0)
+    };
+    called();
+    let mut count = 0;
+    for round in 0..64 {
+        let sent = frame(MAC, round, 60);
+        let _nothing_there = receiver.arm();
+        transmitter
+            .send(&sent, Offload::default())
+            .map_err(text("send"))?;
+        let start = platform.now_ns();
+        let got = loop {
+            if let Some(got) = receiver.poll().map_err(text("poll"))? {
+                break got;
+            }
+            let late = platform.now_ns() - start > 20_000_000_000;
+            ensure!(!late, "frame {round} did not come back");
+        };
+        ensure!(got.len() == sent.len(), "{} bytes came", got.len());
+        receiver.recycle(got);
+        // Takes in what has fired, and waits for nothing.
+        platform.idle(Some(Duration::ZERO));
+        count += u64::from(called());
+    }
+    Ok(count)
+}
+
+/// The device calls less often where the guest wants that, for each frame in the end, and again after
+/// a reset.
+fn coalesce(boot: &Boot) -> Outcome {
+    let mut opened = open(boot, 1, 0)?;
+    let mut pair = opened.pairs.pop().ok_or("no pair")?;
+    let control = opened.control.as_mut().ok_or("no control queue")?;
+    let (each, some) = (
+        Coalescing::default(),
+        Coalescing {
+            packets: 64,
+            time: Duration::from_millis(10),
+        },
+    );
+    let (mut many, mut few) = (0, 0);
+    // Where a frame takes long, the time is over before there are many.
+    let start = boot.platform().now_ns();
+    loop {
+        control.coalesce_received(each).map_err(text("each"))?;
+        many += calls(boot, &mut pair)?;
+        control.coalesce_received(some).map_err(text("some"))?;
+        few += calls(boot, &mut pair)?;
+        if few * 2 <= many {
+            break;
+        }
+        let late = boot.platform().now_ns() - start > 20_000_000_000;
+        ensure!(!late, "{few} calls instead of {many}");
+    }
+    let (receives, sends) = (pair.0.index(), pair.1.index());
+    let now = |control: &mut net::Control<Flat>, queue| {
+        let now = control.coalescing(queue);
+        now.map_err(text("what is in force"))
+    };
+    ensure!(now(control, receives)? == some, "received ones");
+    ensure!(now(control, sends)? == each, "sent ones");
+    control
+        .coalesce_queue(sends, some)
+        .map_err(text("a queue"))?;
+    // One that comes alone is waited for no longer than that.
+    for round in 0..5 {
+        round_trip(&mut pair, &frame(MAC, round, 100))?;
+        pair.1.wait_until(0, DAY).map_err(text("wait"))?;
+    }
+    opened.nic.reset();
+    round_trip(&mut pair, &frame(MAC, 5, 100))?;
+    for queue in [receives, sends] {
+        ensure!(now(control, queue)? == some, "queue {queue} after a reset");
+    }
+    let long = Coalescing {
+        packets: 0,
+        time: Duration::from_secs(5),
+    };
+    control
+        .coalesce_queue(receives, long)
+        .map_err(text("a long time"))?;
+    let bounded = now(control, receives)?;
+    ensure!(bounded.time == some.time, "{bounded:?}");
+    round_trip(&mut pair, &frame(MAC, 6, 100))?;
+    let other = control.coalesce_queue(2, some);
+    ensure!(other == Err(Error::TooMany), "no such queue: {other:?}");
     Ok(())
 }
 

@@ -242,7 +242,9 @@ fn features_that_need_others_are_not_taken_alone() {
             !(feature::CTRL_RX
                 | feature::CTRL_VLAN
                 | feature::CTRL_MAC_ADDR
-                | feature::GUEST_ANNOUNCE),
+                | feature::GUEST_ANNOUNCE
+                | feature::VQ_NOTF_COAL
+                | feature::NOTF_COAL),
         ),
     ] {
         let (_fake, receiver, _transmitter) = card(offered);

@@ -1,5 +1,6 @@
 //! The driver against a model of the host that delivers, lies, and dies where the test says.
 
+mod coalesce;
 mod control;
 mod hostile;
 mod life;
@@ -29,7 +30,9 @@ const ALL: u64 = feature::CSUM
     | feature::CTRL_RX
     | feature::CTRL_VLAN
     | feature::CTRL_MAC_ADDR
-    | feature::GUEST_ANNOUNCE;
+    | feature::GUEST_ANNOUNCE
+    | feature::VQ_NOTF_COAL
+    | feature::NOTF_COAL;
 
 fn fake(features: u64) -> &'static Fake {
     let fake = Fake::new(1, 1, 3, true);
