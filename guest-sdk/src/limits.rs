@@ -35,15 +35,20 @@ pub const RECOVERY_POLL: Duration = Duration::from_millis(5);
 /// Transitions of the device that one look follows before it lets its caller go on.
 pub const MAX_RECOVERY_STEPS: usize = 8;
 
-/// How long a wait looks for completions before the vCPU idles, in nanoseconds: about what an idle
-/// costs on the slowest accel, so that looking in vain at most doubles it.
+/// How long a wait looks for completions before the vCPU idles where a trip to the host costs nothing,
+/// in nanoseconds: about what a sleep and a wake of a host thread cost.
 pub const LOOK_NS: u64 = 20_000;
+/// Trips to the host that a look can save, each of which makes it worth so much longer: the idle, and
+/// the doorbell of the next request, as a device that hears nothing for long sleeps too.
+pub const LOOK_TRIPS: u64 = 2;
+/// Longest look, whatever a trip seems to cost: a vCPU that was preempted measures nonsense.
+pub const LONGEST_LOOK_NS: u64 = 100_000;
 /// A queue for which looking did not help tries it again every so many waits.
 pub const LOOK_AGAIN: u32 = 64;
 /// Looks between two glances at the clock: a look costs some ten nanoseconds, a glance more.
 pub const LOOKS_PER_ROUND: u32 = 64;
-/// Glances in one wait; with the looks between them far more than [`LOOK_NS`] takes.
-pub const LOOK_ROUNDS: u32 = 64;
+/// Glances in one wait; with the looks between them more than [`LONGEST_LOOK_NS`] takes.
+pub const LOOK_ROUNDS: u32 = 256;
 
 /// Bytes of the largest frame: a segment of 64 KiB with its headers (virtio 1.3 §5.1.6.3.1), which
 /// is what every receive path must take.

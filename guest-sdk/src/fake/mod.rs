@@ -50,6 +50,8 @@ pub(crate) struct Fake {
     now: AtomicU64,
     pub(crate) kicks: AtomicU64,
     pub(crate) idles: AtomicU64,
+    /// Nanoseconds that an idle takes, however soon it ends.
+    pub(crate) trip_ns: AtomicU64,
     /// Whether a wait that nothing ends is an error here; not when threads are involved.
     pub(crate) strict: bool,
     /// Keeps calls waiting, as a host does whose backend does not answer; and whether one waits.
@@ -87,6 +89,7 @@ impl Fake {
             now: AtomicU64::new(0),
             kicks: AtomicU64::new(0),
             idles: AtomicU64::new(0),
+            trip_ns: AtomicU64::new(0),
             strict,
             hold_calls: AtomicBool::new(false),
             call_held: AtomicBool::new(false),
@@ -166,6 +169,8 @@ unsafe impl Platform for Fake {
 
     fn idle(&self, limit: Option<Duration>) {
         self.idles.fetch_add(1, Ordering::Relaxed);
+        let trip = self.trip_ns.load(Ordering::Relaxed);
+        self.now.fetch_add(trip, Ordering::Relaxed);
         if self.anything_pending() {
             return;
         }
