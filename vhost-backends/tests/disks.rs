@@ -76,3 +76,41 @@ fn on_an_nbd_server() {
     };
     verified(&["--nbd", &format!("unix:{}", socket.display())]);
 }
+
+/// What was acknowledged is there for whoever serves the image next, flushed or not: a guest does not
+/// hear of a daemon that is killed and started again.
+#[test]
+fn a_qcow2_image_loses_nothing_with_its_daemon() {
+    for killed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("base"), pattern(1, 8 * MIB)).unwrap();
+        let start = || {
+            let mut command = blkd();
+            command.arg("--blk-file").arg(at("base"));
+            command.arg("--overlay").arg(at("overlay"));
+            Daemon::start(command.arg("--socket-path").arg(at("blk.sock")))
+        };
+        for round in 0..3u64 {
+            let mut daemon = start();
+            let mut front = Frontend::connect(&at("blk.sock"), FEATURES, 1, 64, MIB);
+            for i in 0..64u64 {
+                if round > 0 {
+                    let before = front.read_sync(0, i * 131_072, 4096);
+                    assert!(
+                        before == (0, pattern(round * 100 - 100 + i, 4096)),
+                        "killed: {killed}, round {round}, block {i}"
+                    );
+                }
+                let data = pattern(round * 100 + i, 4096);
+                assert_eq!(front.write_sync(0, i * 131_072, &data), 0);
+            }
+            if killed {
+                daemon.kill();
+            } else {
+                drop(front);
+                assert_eq!(daemon.end().0, Some(0));
+            }
+        }
+    }
+}

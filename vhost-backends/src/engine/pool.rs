@@ -22,7 +22,8 @@ use vmm_sys_util::epoll::EventSet;
 /// A disk with calls that return when they are done. Several threads call at a time.
 ///
 /// Ranges lie within the disk's length when they were asked for. What was written before a flush
-/// began is safe when it returns.
+/// began is safe when it returns. What is over without one must survive this process, if anything of
+/// the disk does: its guest may go on without noticing that another took its place.
 pub trait BlockingDisk: Send + Sync + std::fmt::Debug + 'static {
     /// Its size and shape now.
     fn geometry(&self) -> Geometry;

@@ -2,6 +2,10 @@
 //!
 //! An image names other files. A backing file is opened, never for writing; the chain of them
 //! has a limit. Nothing is guessed about the image itself: it is qcow2 because its owner said so.
+//!
+//! Where blocks are is known from tables, which are kept in memory. Whatever changes them is over once
+//! they are in the file too, as data is: a guest goes on, and knows nothing of it, after this process
+//! was killed. Only a flush waits for the medium.
 
 use super::file::check_kind;
 use super::overlay::check_base;
@@ -15,7 +19,8 @@ use imago::{FormatAccess, FormatDriverBuilder, Storage, StorageOpenOptions};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// A qcow2 image.
 #[derive(Debug)]
@@ -23,6 +28,32 @@ pub struct Qcow2Disk {
     /// Changes of what is allocated where, other than by writing, exclude everything else.
     image: RwLock<FormatAccess<File>>,
     read_only: bool,
+    tables: Tables,
+}
+
+/// How far the tables of an image are in its file.
+#[derive(Debug, Default)]
+struct Tables {
+    /// Requests that may have changed them.
+    changes: AtomicU64,
+    /// How many of these are in the file.
+    stored: Mutex<u64>,
+}
+
+impl Tables {
+    /// The caller has changed them: returns when that is in the file. Several that come at a time are
+    /// stored together.
+    fn store(&self, image: &FormatAccess<File>) -> io::Result<()> {
+        // Ordering: Release, with the Acquire of who stores: what is counted there was changed.
+        let own = self.changes.fetch_add(1, Ordering::Release) + 1;
+        let mut stored = self.stored.lock().unwrap_or_else(PoisonError::into_inner);
+        if *stored < own {
+            let all = self.changes.load(Ordering::Acquire);
+            image.flush()?;
+            *stored = all;
+        }
+        Ok(())
+    }
 }
 
 impl Qcow2Disk {
@@ -71,6 +102,7 @@ impl Qcow2Disk {
         Ok(Qcow2Disk {
             image: RwLock::new(FormatAccess::new(image)),
             read_only: options.read_only,
+            tables: Tables::default(),
         })
     }
 
@@ -108,7 +140,9 @@ impl BlockingDisk for Qcow2Disk {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.shared().write(buf, offset)
+        let image = self.shared();
+        image.write(buf, offset)?;
+        self.tables.store(&image)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -118,18 +152,23 @@ impl BlockingDisk for Qcow2Disk {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.alone().discard_to_any(offset, len) {
+        let mut image = self.alone();
+        match image.discard_to_any(offset, len) {
             // A hint.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-            result => result,
+            result => result.and_then(|()| self.tables.store(&image)),
         }
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         if unmap {
-            self.alone().discard_to_zero(offset, len)
+            let mut image = self.alone();
+            image.discard_to_zero(offset, len)?;
+            self.tables.store(&image)
         } else {
-            self.shared().write_zeroes(offset, len)
+            let image = self.shared();
+            image.write_zeroes(offset, len)?;
+            self.tables.store(&image)
         }
     }
 }
