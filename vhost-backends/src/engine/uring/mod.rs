@@ -3,11 +3,13 @@
 //! A read that the page cache holds costs one `preadv2(RWF_NOWAIT)`, less than a trip through a
 //! submission queue; one that it does not hold goes to the ring, as does every O_DIRECT request,
 //! every flush, and what the host may take long for: discards and zeroes. What O_DIRECT does not
-//! take goes through a buffer of our own. The ring also polls the kick and the stop event, so that the worker sleeps in
-//! one place. The polls are multishot and edge-like: the kick is never read.
+//! take goes through a buffer of our own. The ring also polls the kick and the stop event, so that
+//! the worker sleeps in one place. The polls are multishot and edge-like: the kick is never read.
 #![allow(unsafe_code)]
 // UNSAFETY: entries of the submission queue carry addresses that the kernel uses until they
 // complete.
+
+mod slot;
 
 use super::aside::Aside;
 use super::bounce::Bounce;
@@ -18,6 +20,7 @@ use super::transfer::{Direction, Transfer, chain_error};
 use super::{Engine, Finished, Operation, RawFile, Token, Wake, WakeSources, started};
 use crate::limits::{MAX_IN_FLIGHT, MAX_POLLS};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use slot::{Range, Slot, Work};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -29,40 +32,6 @@ const ENTRIES: u32 = (MAX_IN_FLIGHT as u32 + 3).next_power_of_two();
 const USER_KICK: u64 = u64::MAX;
 const USER_STOP: u64 = u64::MAX - 1;
 const USER_ASIDE: u64 = u64::MAX - 2;
-/// Index of the registered descriptor.
-const FIXED: types::Fixed = types::Fixed(0);
-
-#[derive(Debug, Default)]
-struct Slot {
-    busy: bool,
-    work: Work,
-    transfer: Transfer,
-}
-
-/// What a slot is at.
-#[derive(Debug, Default)]
-enum Work {
-    /// The slot's transfer, of guest memory.
-    #[default]
-    Direct,
-    /// The slot's transfer, of this buffer.
-    Bounced(Bounce),
-    Flush,
-    Discard(Range),
-    /// Zeroes by the file system; where it cannot, by writing them.
-    WriteZeroes(Range, bool),
-    /// Zeroes that are written; the slot's transfer is of the engine's zeroes.
-    Zeroing(Range),
-    /// A call that the thread aside makes.
-    Aside,
-}
-
-/// Bytes of the disk.
-#[derive(Clone, Copy, Debug)]
-struct Range {
-    offset: u64,
-    len: u64,
-}
 
 /// io_uring and inline attempts, on one raw file.
 pub struct UringEngine {
@@ -167,24 +136,8 @@ impl UringEngine {
         let Some(slot) = self.slots.get(usize::from(token)) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let fallocate = |range: &Range, mode| {
-            // The file keeps its size.
-            opcode::Fallocate::new(FIXED, range.len)
-                .offset(range.offset)
-                .mode(mode | libc::FALLOC_FL_KEEP_SIZE)
-                .build()
-        };
-        let entry = match &slot.work {
-            Work::Flush => opcode::Fsync::new(FIXED)
-                .flags(types::FsyncFlags::DATASYNC)
-                .build(),
-            Work::Discard(range) | Work::WriteZeroes(range, true) => {
-                fallocate(range, libc::FALLOC_FL_PUNCH_HOLE)
-            }
-            Work::WriteZeroes(range, false) => fallocate(range, libc::FALLOC_FL_ZERO_RANGE),
-            Work::Direct | Work::Bounced(_) | Work::Zeroing(_) => transfer_entry(&slot.transfer),
-            // Not the ring's.
-            Work::Aside => return Ok(()),
+        let Some(entry) = slot.entry() else {
+            return Ok(());
         };
         let entry = entry.user_data(u64::from(token));
         // SAFETY: the buffers are guest memory, mapped as long as `self.memory`, or a buffer in
@@ -395,28 +348,6 @@ impl UringEngine {
         self.slots
             .get(usize::from(token))
             .is_some_and(|slot| slot.busy)
-    }
-}
-
-fn transfer_entry(transfer: &Transfer) -> squeue::Entry {
-    let offset = transfer.offset();
-    match (transfer.iovecs(), transfer.direction()) {
-        ([one], Direction::Read) if u32::try_from(one.iov_len).is_ok() => {
-            opcode::Read::new(FIXED, one.iov_base.cast(), one.iov_len as u32)
-                .offset(offset)
-                .build()
-        }
-        ([one], Direction::Write) if u32::try_from(one.iov_len).is_ok() => {
-            opcode::Write::new(FIXED, one.iov_base.cast(), one.iov_len as u32)
-                .offset(offset)
-                .build()
-        }
-        (many, Direction::Read) => opcode::Readv::new(FIXED, many.as_ptr(), many.len() as u32)
-            .offset(offset)
-            .build(),
-        (many, Direction::Write) => opcode::Writev::new(FIXED, many.as_ptr(), many.len() as u32)
-            .offset(offset)
-            .build(),
     }
 }
 
