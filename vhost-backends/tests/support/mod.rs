@@ -6,6 +6,7 @@ pub(crate) mod daemon;
 pub(crate) mod load;
 pub(crate) mod nbd;
 pub(crate) mod process;
+pub(crate) mod site;
 
 use process::TIMEOUT;
 use std::fs::File;
