@@ -104,6 +104,7 @@ impl<P: Platform> Inbound<P> {
 
 impl<P: Platform> Outbound<P> {
     /// Whether a frame can be sent now.
+    #[cfg(feature = "smoltcp")]
     pub(super) fn has_room(&mut self) -> bool {
         if self.transmitter.has_room() && self.error.is_none() {
             return true;
