@@ -9,7 +9,7 @@ fn main() -> Result<process::ExitCode, Box<dyn std::error::Error>> {
     }
     let mut vm = VmBuilder::new(Image::from_bytes(guest_images::FIRST_GUEST)?)
         .accel(env::var("PV_ACCEL").as_deref().unwrap_or("auto").parse()?)
-        .log(|level, line| println!("{level:?}: {line}"));
+        .log(|level, line| println!("{level:?}: {}", line.escape_debug()));
     if let Some(disk) = env::args_os().nth(1) {
         vm = vm.block(BlockConfig::spawn(move || {
             let mut backend = process::Command::new("/proc/self/exe");

@@ -26,13 +26,16 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use paravane_tests::{
     Backend, Lan, accels, backends, blank_image, card, disk_in, patience, suite_vm,
 };
-use std::sync::{Arc, Mutex};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_core::{Accel, VmBuilder};
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::from_args();
     let accels = accels()?;
     let skipped: Arc<Mutex<Vec<String>>> = Arc::default();
+    // Each case once, wherever its backends run.
+    let ran: Arc<Mutex<HashSet<(Accel, &str)>>> = Arc::default();
     let neighbours = if arguments.list {
         Vec::new()
     } else {
@@ -48,12 +51,13 @@ fn main() -> anyhow::Result<()> {
             .iter()
             .flat_map(|b| cases(*b).map(move |c| (*b, c)))
         {
-            let (accel, skipped) = (*accel, Arc::clone(&skipped));
+            let (accel, skipped, ran) = (*accel, Arc::clone(&skipped), Arc::clone(&ran));
             let place = match backend {
                 Backend::Process => String::new(),
                 Backend::InProcess => format!("{backend}::"),
             };
             trials.push(Trial::test(format!("{accel}::{place}{case}"), move || {
+                lock(&ran).insert((accel, case));
                 run(case, *end, accel, backend, &skipped)
                     .map_err(|e| Failed::from(format!("{e:#}")))
             }));
@@ -62,17 +66,19 @@ fn main() -> anyhow::Result<()> {
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !arguments.list {
         for accel in &accels {
-            println!("suite on {accel}: {} cases", CASES.len());
+            let count = lock(&ran).iter().filter(|(on, _)| on == accel).count();
+            let all = CASES.len();
+            if count == all {
+                println!("suite on {accel}: {count} cases");
+            } else {
+                println!("part of the suite on {accel}: {count} of {all} cases");
+            }
             for backend in &backends {
                 let count = cases(*backend).filter(|c| about_backends(c.0)).count();
                 println!("cases of backends {backend} on {accel}: {count}");
             }
         }
-        for line in skipped
-            .lock()
-            .map_err(|_| anyhow::anyhow!("poisoned"))?
-            .iter()
-        {
+        for line in lock(&skipped).iter() {
             println!("SKIPPED: {line}");
         }
         for neighbour in neighbours {
@@ -82,6 +88,11 @@ fn main() -> anyhow::Result<()> {
     conclusion.exit()
 }
 
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs one case, and looks at how it ended and at what it has left behind.
 fn run(
     case: &str,
     end: End,
@@ -103,9 +114,8 @@ fn run(
                 image
             }
             Err(error) => {
-                if let Ok(mut list) = skipped.lock() {
-                    list.push(format!("{accel}::{case}: no tmpfs to fill: {error}"));
-                }
+                let line = format!("{accel}::{case}: no tmpfs to fill: {error}");
+                lock(skipped).push(line);
                 return Ok(());
             }
         }

@@ -82,7 +82,7 @@ impl AccelError {
 }
 
 impl Accel {
-    /// The best accel that works here: kvm where `/dev/kvm` opens, process otherwise.
+    /// The best accel that works here: kvm where it [can be used](Accel::check), process otherwise.
     pub fn auto() -> Accel {
         if Accel::Kvm.check().is_ok() {
             Accel::Kvm
