@@ -96,7 +96,7 @@ pub const MAX_NBD_OPTION: u32 = 4096;
 pub const CONNECT_SECS: u64 = 3;
 /// Milliseconds between two attempts meanwhile.
 pub const CONNECT_RETRY_MILLIS: u64 = 20;
-/// Seconds that an NBD server may take for the handshake.
+/// Seconds that an NBD server may take for the handshake, on all connections together.
 pub const NBD_HANDSHAKE_SECS: u64 = 10;
 /// Seconds that requests wait for an NBD server to come back, unless the command line says how many.
 pub const NBD_RETRY_SECS: u64 = 60;

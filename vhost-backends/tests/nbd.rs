@@ -479,6 +479,15 @@ fn a_silent_server_holds_an_upgrade_up_for_a_moment() {
     assert_eq!(null.write_sync(0, 0, &pattern(1, 512)), 0);
     let took = asked.elapsed();
     assert!(took < Duration::from_secs(8), "held up: {took:?}");
+    // One that does not even greet any more holds up whoever asks, and no disk.
+    std::fs::remove_file(at("nbd")).unwrap();
+    let _mute = UnixListener::bind(at("nbd")).unwrap();
+    let asked = Instant::now();
+    let (code, said) = start(true).wait();
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("does not answer in time"), "{said}");
+    let took = asked.elapsed();
+    assert!(took < Duration::from_secs(8), "held up: {took:?}");
     drop((null, front));
     daemon.signal(libc::SIGKILL);
     let (_, said) = daemon.wait();

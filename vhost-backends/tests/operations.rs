@@ -402,3 +402,33 @@ fn an_image_has_one_writer_or_many_readers() {
     refused(second(&[]), "is in use by another program");
     assert_eq!(first.end().0, Some(0));
 }
+
+#[test]
+fn of_several_that_make_an_overlay_one_has_it() {
+    let disk = Disk::new(MIB);
+    let at = |name: &str| disk.dir.path().join(name);
+    for round in 0..5 {
+        let overlay = at(&format!("overlay{round}"));
+        let mut daemons: Vec<Daemon> = (0..3)
+            .map(|n| {
+                let mut command = blkd();
+                command.arg("--socket-path").arg(at(&format!("{n}.sock")));
+                command.arg("--blk-file").arg(&disk.image);
+                Daemon::start(command.arg("--overlay").arg(&overlay))
+            })
+            .collect();
+        let deadline = Instant::now() + TIMEOUT;
+        while daemons.len() > 1 {
+            assert!(Instant::now() < deadline, "{} serve", daemons.len());
+            let Some(over) = daemons.iter_mut().position(|d| d.ended().is_some()) else {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+                continue;
+            };
+            let (code, said) = daemons.remove(over).wait();
+            assert_eq!(code, Some(1), "{said}");
+            assert!(said.contains("is in use by another program"), "{said}");
+        }
+        let last = daemons.remove(0);
+        assert_eq!(last.end(), (Some(0), String::new()));
+    }
+}

@@ -6,7 +6,7 @@ use crate::engine::{
     BlockingStore, FileOptions, MemoryStore, NbdAddress, NbdStore, NullStore, Qcow2Disk, RawFile,
     Store, create_overlay,
 };
-use crate::limits::NBD_RETRY_SECS;
+use crate::limits::{HANDOVER_STOP_SECS, NBD_HANDSHAKE_SECS, NBD_RETRY_SECS};
 use clap::{Args, ValueEnum};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -136,11 +136,17 @@ impl DiskArgs {
             };
         }
         if let Some(address) = &self.nbd {
-            let store =
-                NbdStore::connect(address.clone(), queues, how.read_only).map_err(|error| {
-                    let shown = address.socket.display();
-                    format!("cannot use the NBD server at {shown}: {}", chained(&error))
-                })?;
+            // Whoever waits for an upgrade waits no longer than that for a disk of the old daemon.
+            let patience = match taking_over {
+                true => HANDOVER_STOP_SECS,
+                false => NBD_HANDSHAKE_SECS,
+            };
+            let patience = Duration::from_secs(patience);
+            let store = NbdStore::connect_within(patience, address.clone(), queues, how.read_only);
+            let store = store.map_err(|error| {
+                let shown = address.socket.display();
+                format!("cannot use the NBD server at {shown}: {}", chained(&error))
+            })?;
             let several = store.max_queues().is_none();
             let store = how.redialling(store, address)?;
             let identity = if several {
@@ -288,7 +294,11 @@ fn open_overlay(
     };
     let mut locks = how.lock(base, Use::Read, qcow2)?;
     if !overlay.exists() {
-        create_overlay(overlay, base, qcow2).map_err(|error| cannot("make", error))?;
+        match create_overlay(overlay, base, qcow2) {
+            // By another program meanwhile, which has the lock or has gone.
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            made => made.map_err(|error| cannot("make", error))?,
+        }
     }
     locks.extend(how.lock(overlay, how.own(), false)?);
     match Qcow2Disk::open_overlay(overlay, base, qcow2, options) {

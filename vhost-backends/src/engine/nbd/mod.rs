@@ -17,14 +17,15 @@ mod redial;
 
 use super::{Engine, Geometry, Store, WakeSources};
 use crate::dial;
+use crate::limits::NBD_HANDSHAKE_SECS;
 use engine::NbdEngine;
 use handshake::Export;
-use redial::{Redial, greet};
+use redial::{Redial, greet_until};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 
 /// Where an export is: `unix:PATH` or `unix:PATH:EXPORT`.
@@ -88,19 +89,35 @@ pub struct NbdStore {
 }
 
 impl NbdStore {
-    /// Connects, once for each queue.
+    /// Connects, once for each queue. A server has [`crate::limits::NBD_HANDSHAKE_SECS`] for all of it.
     pub fn connect(
         address: NbdAddress,
         queues: u16,
         read_only: bool,
     ) -> Result<NbdStore, NbdError> {
-        let (first, export) = connect(&address)?;
+        let patience = Duration::from_secs(NBD_HANDSHAKE_SECS);
+        NbdStore::connect_within(patience, address, queues, read_only)
+    }
+
+    /// The same for who has less time.
+    pub(crate) fn connect_within(
+        patience: Duration,
+        address: NbdAddress,
+        queues: u16,
+        read_only: bool,
+    ) -> Result<NbdStore, NbdError> {
+        let deadline = Instant::now() + patience;
+        let connect = || {
+            let stream = dial::connect(&address.socket)?;
+            greet_until(deadline, stream, &address.export)
+        };
+        let (first, export) = connect()?;
         if queues > 1 && !export.multi_conn {
             return Err(NbdError::OneConnection);
         }
         let mut idle = vec![first];
         for _ in 1..queues {
-            let (stream, again) = connect(&address)?;
+            let (stream, again) = connect()?;
             if again != export {
                 return Err(NbdError::Protocol("the export changed"));
             }
@@ -143,10 +160,6 @@ impl NbdStore {
     fn idle(&self) -> std::sync::MutexGuard<'_, Vec<UnixStream>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn connect(address: &NbdAddress) -> Result<(UnixStream, Export), NbdError> {
-    greet(dial::connect(&address.socket)?, &address.export)
 }
 
 impl Store for NbdStore {

@@ -54,9 +54,10 @@ pub(super) fn try_once(store: &Arc<NbdStore>) {
     let thread = std::thread::Builder::new().name("nbd-dial".into());
     let spawned = thread.spawn(move || {
         let Some(redial) = &ours.redial else { return };
-        let made = (redial.dial)()
-            .map_err(NbdError::from)
-            .and_then(|stream| greet(stream, &ours.name));
+        let made = (redial.dial)().map_err(NbdError::from).and_then(|stream| {
+            let deadline = Instant::now() + Duration::from_secs(NBD_HANDSHAKE_SECS);
+            greet_until(deadline, stream, &ours.name)
+        });
         match made {
             Ok((stream, export)) if export == ours.export => ours.give_back(stream),
             Ok(_) => tracing::warn!("the NBD server came back with another export"),
@@ -72,12 +73,7 @@ pub(super) fn try_once(store: &Arc<NbdStore>) {
 }
 
 /// Makes a fresh connection ready for requests.
-pub(super) fn greet(stream: UnixStream, export: &str) -> Result<(UnixStream, Export), NbdError> {
-    let deadline = Instant::now() + Duration::from_secs(NBD_HANDSHAKE_SECS);
-    greet_until(deadline, stream, export)
-}
-
-fn greet_until(
+pub(super) fn greet_until(
     deadline: Instant,
     stream: UnixStream,
     export: &str,
