@@ -2,7 +2,7 @@
 use std::{env, os::unix::process::CommandExt, process};
 use vmm_core::{BlockConfig, Image, VmBuilder};
 
-fn main() -> Result<process::ExitCode, Box<dyn std::error::Error>> {
+fn main() -> anyhow::Result<process::ExitCode> {
     // Started again under this name, the program is the disk's backend.
     if env::args_os().next().is_some_and(|name| name == "pv-blkd") {
         return Ok(vhost_backends::pv_blkd_main(env::args_os()));

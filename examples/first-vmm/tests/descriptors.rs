@@ -151,10 +151,10 @@ fn a_vm_holds_the_descriptors_that_the_threat_model_says() {
         if !["", "all", accel.name()].contains(&forced.as_str()) {
             continue;
         }
-        if let Err(why) = accel.check() {
-            assert!(forced.is_empty(), "{accel} was asked for: {why}");
+        if let Err(why) = accel.check().map_err(anyhow::Error::new) {
+            assert!(forced.is_empty(), "{accel} was asked for: {why:#}");
             // Past the test runner, which keeps what tests print.
-            let _ = writeln!(io::stderr(), "\nSKIPPED: everything on {accel}: {why}");
+            let _ = writeln!(io::stderr(), "\nSKIPPED: everything on {accel}: {why:#}");
             continue;
         }
         // What a process opens once, for all its VMs.

@@ -25,6 +25,7 @@ use std::path::Path;
 /// In one sentence, with its causes.
 pub fn run(args: &Args) -> Result<()> {
     let accel = Wanted::new(args.accel)?;
+    accel.check()?;
     if args.pair {
         return pair::run(args, accel);
     }

@@ -60,6 +60,19 @@ impl Wanted {
         })
     }
 
+    /// Whether the one that was named can be used here.
+    ///
+    /// # Errors
+    ///
+    /// Why not, and what to do about it.
+    pub fn check(self) -> Result<()> {
+        match self.accel {
+            Accel::Auto => Ok(()),
+            Accel::Kvm => Ok(vmm_core::Accel::Kvm.check()?),
+            Accel::Process => Ok(vmm_core::Accel::Process.check()?),
+        }
+    }
+
     /// Tells the builder.
     pub fn set(self, builder: VmBuilder) -> VmBuilder {
         match self.accel {

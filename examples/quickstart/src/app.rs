@@ -25,6 +25,7 @@ use vmm_core::{Image, ImageError};
 pub fn run(args: &Args) -> Result<Report> {
     // First of all what costs nothing to look at.
     let accel = Wanted::new(args.accel)?;
+    accel.check()?;
     let guest = guest_image(args)?;
     let disk = Prepared::new(args)?;
     let outcome = run::run_guest(&GuestRun {

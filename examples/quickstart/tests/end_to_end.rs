@@ -8,6 +8,7 @@ use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use vmm_core::Accel;
@@ -15,13 +16,25 @@ use vmm_core::Accel;
 /// Far beyond what the slowest of these takes.
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// Says once what is left out, past the test runner, which keeps what tests print.
+fn skipped(accel: Accel, why: &anyhow::Error) {
+    static SAID: Mutex<Vec<Accel>> = Mutex::new(Vec::new());
+    let mut said = SAID.lock().unwrap();
+    if !said.contains(&accel) {
+        said.push(accel);
+        let _ = writeln!(
+            std::io::stderr(),
+            "\nSKIPPED: everything on {accel}: {why:#}"
+        );
+    }
+}
+
 fn accels() -> Vec<String> {
     let both = [Accel::Kvm, Accel::Process];
     let works = |accel: &Accel| match accel.check() {
         Ok(()) => true,
         Err(why) => {
-            // Past the test runner, which keeps what tests print.
-            let _ = writeln!(std::io::stderr(), "\nSKIPPED: everything on {accel}: {why}");
+            skipped(*accel, &why.into());
             false
         }
     };
