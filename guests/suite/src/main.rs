@@ -15,6 +15,7 @@ mod life;
 mod memory;
 mod net;
 mod net_raw;
+mod net_stack;
 mod rings;
 mod soak;
 
@@ -60,6 +61,7 @@ fn main(boot: &Boot) -> Outcome {
         soak::CASES,
         net::CASES,
         net_raw::CASES,
+        net_stack::CASES,
     ];
     let found = all.into_iter().flatten().find(|(name, _)| *name == wanted);
     let (_, case) = found.ok_or_else(|| format!("there is no case {wanted:?}"))?;

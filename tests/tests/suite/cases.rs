@@ -190,6 +190,7 @@ pub(crate) const CASES: &[(&str, End)] = &[
     ("net.bad_setup", Fine),
     ("net.announce", Fine),
     ("net.coalesce", Fine),
+    ("net.embassy", Fine),
     ("net.kill", Fine),
     ("net.raw_good", Fine),
     ("net.private_ram_sent", Fine),
