@@ -50,6 +50,7 @@ fn chain(mem: &Arc<GuestMemoryMmap>, readable: &[u8], piece: usize, writable: u3
         used: GuestAddress(0x9000),
         event_idx: false,
         indirect: false,
+        in_order: false,
     };
     let mut ring = SplitRing::new(config, mem.clone()).unwrap();
     ring.pop().unwrap().unwrap()

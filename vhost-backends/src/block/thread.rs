@@ -231,6 +231,7 @@ mod tests {
             used: GuestAddress(used),
             event_idx: false,
             indirect: false,
+            in_order: false,
         };
         RingSetup::new(config, false, Arc::new(mem))
     }

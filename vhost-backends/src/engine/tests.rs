@@ -73,6 +73,7 @@ impl Bench {
             used: GuestAddress(0x9000),
             event_idx: false,
             indirect: false,
+            in_order: false,
         };
         let mut ring = SplitRing::new(config, self.memory.clone()).unwrap();
         ring.pop().unwrap().unwrap()

@@ -327,6 +327,7 @@ mod tests {
                 used: GuestAddress(0x2000),
                 event_idx: false,
                 indirect: false,
+                in_order: false,
             };
             let mut ring = SplitRing::new(config, Arc::clone(&mem)).unwrap();
             let chain = ring.pop().unwrap().unwrap();

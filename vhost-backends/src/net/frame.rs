@@ -3,10 +3,14 @@
 use super::limits::{MAX_FRAME_LEN, MAX_UDP_SEGMENTS, MIN_FRAME_LEN, MIN_TCP_SEGMENT};
 use pv_abi::virtio::net::{Header, feature, gso, header_flag};
 use std::cell::OnceCell;
-use vm_memory::{Bytes, VolatileSlice};
+use vm_memory::{Bytes, VolatileMemory, VolatileSlice};
+use zerocopy::IntoBytes;
 
-/// Bytes at the start of a frame that decisions are made on: Ethernet with two VLAN tags and IPv6.
+/// Bytes at the start of a frame that its way is chosen by: Ethernet with two VLAN tags and IPv6.
 pub(crate) const PEEK_LEN: usize = 64;
+
+/// Bytes that say who sent a frame, to whom, and on which VLAN.
+const FIRST_LEN: usize = 16;
 
 /// Bytes of an Ethernet header without a VLAN tag.
 pub(crate) const ETHERNET_LEN: usize = 14;
@@ -19,18 +23,20 @@ pub struct Frame<'f> {
     pub header: Header,
     pieces: &'f [VolatileSlice<'f, ()>],
     len: usize,
-    /// Copied when it is first asked for: whoever decides anything sees the same bytes.
-    start: OnceCell<[u8; PEEK_LEN]>,
+    /// Addresses, type and VLAN tag, copied when one is first asked for: whoever lets a frame
+    /// through or holds it back sees the same bytes.
+    first: OnceCell<[u64; FIRST_LEN / 8]>,
 }
 
 impl<'f> Frame<'f> {
     /// A frame in these pieces, which are `len` bytes together.
+    #[inline]
     pub fn new(header: Header, pieces: &'f [VolatileSlice<'f, ()>], len: usize) -> Frame<'f> {
         Frame {
             header,
             pieces,
             len,
-            start: OnceCell::new(),
+            first: OnceCell::new(),
         }
     }
 
@@ -47,12 +53,12 @@ impl<'f> Frame<'f> {
 
     /// Destination address, as it was when the frame was first looked at.
     pub fn destination(&self) -> Mac {
-        Mac::at(self.start(), 0)
+        Mac::at(self.first(), 0)
     }
 
     /// Source address.
     pub fn source(&self) -> Mac {
-        Mac::at(self.start(), 6)
+        Mac::at(self.first(), 6)
     }
 
     /// Frames that it stands for, at most: the segments of a large one.
@@ -65,26 +71,60 @@ impl<'f> Frame<'f> {
         payload.div_ceil(size).max(1) as u64
     }
 
+    /// Both addresses, to be compared with those of another frame.
+    #[inline]
+    pub(crate) fn addresses(&self) -> (u64, u32) {
+        let [first, second] = *self.words();
+        // Four bytes of the second word.
+        (first, u64::from_le(second) as u32)
+    }
+
     /// Its first bytes, zeroes after its end.
-    pub(crate) fn start(&self) -> &[u8; PEEK_LEN] {
-        self.start.get_or_init(|| {
-            let mut start = [0; PEEK_LEN];
-            let mut rest = start.as_mut_slice();
-            for piece in self.pieces {
-                // Reads as much as there is room for.
-                let n = piece.read(rest, 0).unwrap_or(0);
-                rest = rest.get_mut(n..).unwrap_or_default();
-                if rest.is_empty() {
-                    break;
-                }
+    pub(crate) fn start(&self) -> [u8; PEEK_LEN] {
+        let mut start = [0; PEEK_LEN];
+        self.copy_start(&mut start);
+        for (to, from) in start.iter_mut().zip(self.first()) {
+            *to = *from;
+        }
+        start
+    }
+
+    fn first(&self) -> &[u8; FIRST_LEN] {
+        zerocopy::transmute_ref!(self.words())
+    }
+
+    #[inline]
+    fn words(&self) -> &[u64; FIRST_LEN / 8] {
+        self.first.get_or_init(|| self.copy_words())
+    }
+
+    #[inline]
+    fn copy_words(&self) -> [u64; FIRST_LEN / 8] {
+        if let Some(piece) = self.pieces.first()
+            && let (Ok(first), Ok(second)) = (piece.get_ref::<u64>(0), piece.get_ref::<u64>(8))
+        {
+            return [first.load(), second.load()];
+        }
+        let mut words = [0; FIRST_LEN / 8];
+        self.copy_start(words.as_mut_bytes());
+        words
+    }
+
+    fn copy_start(&self, to: &mut [u8]) {
+        let mut rest = to;
+        for piece in self.pieces {
+            // Reads as much as there is room for.
+            let n = piece.read(rest, 0).unwrap_or(0);
+            rest = rest.get_mut(n..).unwrap_or_default();
+            if rest.is_empty() {
+                break;
             }
-            start
-        })
+        }
     }
 
     /// The VLAN that it is tagged for.
     pub fn vlan(&self) -> Option<u16> {
-        match (be16(self.start(), 12), be16(self.start(), 14)) {
+        match (be16(self.first(), 12), be16(self.first(), 14)) {
             (0x8100, tag) => Some(tag & 0xfff),
             _ => None,
         }
@@ -177,10 +217,16 @@ pub(crate) fn check_len(len: u64) -> Result<usize, BadFrame> {
 /// `num_buffers` is whatever it likes, since drivers leave it as it was.
 #[inline]
 pub(crate) fn check_header(header: Header, len: usize, features: u64) -> Result<Header, BadFrame> {
-    if header.flags & header_flag::NEEDS_CSUM == 0 && header.gso_type == gso::NONE {
+    if asks_nothing(header.flags, header.gso_type) {
         return Ok(Header::default());
     }
     check_offloads(header, len, features)
+}
+
+/// Whether a header with these asks for nothing.
+#[inline]
+pub(crate) fn asks_nothing(flags: u8, gso_type: u8) -> bool {
+    flags & header_flag::NEEDS_CSUM == 0 && gso_type == gso::NONE
 }
 
 fn check_offloads(header: Header, len: usize, features: u64) -> Result<Header, BadFrame> {

@@ -63,7 +63,7 @@ impl Offloads {
         let large = match header.gso_type & !gso::ECN {
             gso::TCPV4 => self.tso4,
             gso::TCPV6 => self.tso6,
-            _ if Layers::of(frame.start()).is_some_and(|layers| layers.v6) => self.uso6,
+            _ if Layers::of(&frame.start()).is_some_and(|layers| layers.v6) => self.uso6,
             _ => self.uso4,
         };
         self.checksum && large && (self.ecn || header.gso_type & gso::ECN == 0)

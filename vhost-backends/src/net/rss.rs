@@ -74,7 +74,7 @@ impl Hashing {
     /// The pair that a frame goes to; `None` if that is not decided here.
     pub(super) fn pair(&self, frame: &Frame<'_>) -> Option<u16> {
         let last = self.table.len().checked_sub(1)?;
-        Some(match self.hash(frame.start()) {
+        Some(match self.hash(&frame.start()) {
             Some((value, _)) => *self.table.get(value as usize & last)?,
             None => self.unclassified,
         })
@@ -87,7 +87,7 @@ impl Hashing {
 
     /// What a driver is told about a frame.
     pub(super) fn report(&self, frame: &Frame<'_>) -> HashReport {
-        let (value, kind) = self.hash(frame.start()).unwrap_or((0, 0));
+        let (value, kind) = self.hash(&frame.start()).unwrap_or((0, 0));
         // One plus the position of the kind's bit; zero for none.
         let report = if kind == 0 {
             0

@@ -36,7 +36,7 @@ impl Steering {
 
     fn entry(&self, frame: &Frame<'_>) -> &AtomicU8 {
         let [first, ..] = &self.0;
-        self.0.get(flow(frame.start())).unwrap_or(first)
+        self.0.get(flow(&frame.start())).unwrap_or(first)
     }
 }
 

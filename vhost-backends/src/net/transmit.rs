@@ -4,7 +4,7 @@
 //! the port is done with them. Nothing of a frame is copied here but its first bytes.
 
 use super::capture::Direction;
-use super::frame::{Frame, check_header, check_len};
+use super::frame::{Frame, asks_nothing, check_header, check_len};
 use super::limits::MAX_BATCH;
 use super::offload::{Offloads, Scratch, complete};
 use super::port::Port;
@@ -13,13 +13,12 @@ use super::worker::{self, Wake};
 use super::{Link, header_len};
 use crate::block::AdaptivePoll;
 use crate::limits::MAX_HOLD_MILLIS;
-use crate::ring::{Completion, DeviceRing, Finder, OwnedChain, Ring, will_read};
+use crate::ring::{Completion, DeviceRing, Finder, OwnedChain, Ring, cut, will_read};
 use crate::session::quota::PEER_LINES;
 use crate::session::{QueueSetup, QueueStop, QueueWorker};
 use pv_abi::virtio::net::Header;
 use smallvec::SmallVec;
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vm_memory::{GuestMemoryMmap, VolatileMemory, VolatileSlice};
@@ -97,51 +96,42 @@ struct Batch<'m> {
     /// Of the frames, without their headers.
     pieces: Vec<VolatileSlice<'m, ()>>,
     found: Vec<Found<'m>>,
+    /// Headers that are not in one piece in front of their frames, in order.
+    copied: Vec<Header>,
     done: Vec<Completion>,
     finder: Finder,
 }
 
 /// A frame whose header was not looked at yet.
 struct Found<'m> {
-    header: HeaderAt<'m>,
+    /// Where the header is, nearly always in front of its frame. Elsewhere it was copied when it
+    /// was found: then this is empty, and the next of the batch's copies is it.
+    header: VolatileSlice<'m, ()>,
     /// Where in the batch's pieces its bytes are.
-    at: Range<usize>,
+    from: usize,
+    to: usize,
     len: usize,
 }
 
-/// Where a header is: nearly always in front of its frame.
-enum HeaderAt<'m> {
-    Memory(VolatileSlice<'m, ()>),
-    Copied(Header),
+/// The header in front of a frame as it is now, copied once, in two words: all of it but what
+/// counts the buffers.
+#[inline]
+fn copy_header(view: &VolatileSlice<'_, ()>) -> Option<(u64, u16)> {
+    let (first, second) = (view.get_ref::<u64>(0).ok()?, view.get_ref::<u16>(8).ok()?);
+    Some((first.load(), second.load()))
 }
 
-impl HeaderAt<'_> {
-    /// The header as it is now, copied once.
-    #[inline]
-    fn copy(&self) -> Header {
-        let view = match self {
-            HeaderAt::Copied(header) => return *header,
-            HeaderAt::Memory(view) => view,
-        };
-        let mut header = Header::default();
-        let bytes = header.as_mut_bytes();
-        // All of it but what counts the buffers, in two steps; then that, where there is one.
-        if let (Ok(first), Ok(second), Some(to)) = (
-            view.get_ref::<u64>(0),
-            view.get_ref::<u16>(8),
-            bytes.get_mut(..10),
-        ) {
-            let (first, second) = (first.load().to_ne_bytes(), second.load().to_ne_bytes());
-            for (to, from) in to.iter_mut().zip(first.into_iter().chain(second)) {
-                *to = from;
-            }
-        }
-        header
+fn header_of((first, second): (u64, u16)) -> Header {
+    let mut header = Header::default();
+    let bytes = first.to_ne_bytes().into_iter().chain(second.to_ne_bytes());
+    for (to, from) in header.as_mut_bytes().iter_mut().zip(bytes) {
+        *to = from;
     }
+    header
 }
 
 /// Finds what a chain has to read: a header of `header_len` bytes, and the frame behind it, which
-/// goes to the end of `pieces`. `None`: it is not in memory.
+/// goes to the end of the batch's pieces. Where the header is; `None`: it is not in memory.
 #[inline]
 fn find<'m>(
     chain: &OwnedChain,
@@ -149,15 +139,24 @@ fn find<'m>(
     memory: &'m GuestMemoryMmap,
     finder: &mut Finder,
     pieces: &mut Vec<VolatileSlice<'m, ()>>,
-) -> Option<HeaderAt<'m>> {
-    if let [segment] = chain.readable()
-        && let Some(view) = finder.view(memory, *segment)
-        && let (Ok(header), Ok(frame)) = (view.subslice(0, header_len), view.offset(header_len))
-    {
-        will_read(&view);
-        pieces.push(frame);
-        return Some(HeaderAt::Memory(header));
-    }
+) -> Option<VolatileSlice<'m, ()>> {
+    let [segment] = chain.readable() else {
+        return None;
+    };
+    let view = finder.view(memory, *segment)?;
+    let (header, frame) = cut(view, header_len)?;
+    will_read(&view);
+    pieces.push(frame);
+    Some(header)
+}
+
+/// Finds the frame of a chain of several buffers, and copies its header.
+fn find_pieces<'m>(
+    chain: &OwnedChain,
+    header_len: usize,
+    memory: &'m GuestMemoryMmap,
+    pieces: &mut Vec<VolatileSlice<'m, ()>>,
+) -> Option<Header> {
     let mut header = Header::default();
     let known = header_len.min(size_of::<Header>());
     let bytes = header.as_mut_bytes().get_mut(..known)?;
@@ -165,7 +164,7 @@ fn find<'m>(
     let head = header_len as u64;
     let each = |view| pieces.push(view);
     let frame = chain.readable_slices(memory, head, chain.readable_len() - head, each);
-    frame.ok().map(|()| HeaderAt::Copied(header))
+    frame.ok().map(|()| header)
 }
 
 impl Worker {
@@ -177,12 +176,20 @@ impl Worker {
             return false;
         }
         let mut frames: SmallVec<[Frame<'_>; MAX_BATCH]> = SmallVec::new();
+        let mut copied = batch.copied.iter();
         for found in &batch.found {
-            match check_header(found.header.copy(), found.len, self.features) {
-                Ok(header) => {
-                    let pieces = batch.pieces.get(found.at.clone()).unwrap_or_default();
-                    frames.push(Frame::new(header, pieces, found.len));
-                }
+            let pieces = batch.pieces.get(found.from..found.to).unwrap_or_default();
+            let words = copy_header(&found.header);
+            if let Some((first, _)) = words
+                && let [flags, gso_type, ..] = first.to_ne_bytes()
+                && asks_nothing(flags, gso_type)
+            {
+                frames.push(Frame::new(Header::default(), pieces, found.len));
+                continue;
+            }
+            let header = words.map(header_of).or_else(|| copied.next().copied());
+            match check_header(header.unwrap_or_default(), found.len, self.features) {
+                Ok(header) => frames.push(Frame::new(header, pieces, found.len)),
                 Err(_) => tally.drop(Drop::BadHeader),
             }
         }
@@ -219,6 +226,7 @@ impl Worker {
         batch.taken = 0;
         batch.pieces.clear();
         batch.found.clear();
+        batch.copied.clear();
         self.hold = self.link.limiter.delay();
         if self.hold.is_some() {
             // Only what is there can be held back.
@@ -251,13 +259,27 @@ impl Worker {
             };
             let from = batch.pieces.len();
             let (finder, pieces) = (&mut batch.finder, &mut batch.pieces);
-            let Some(header) = find(chain, self.header_len, memory, finder, pieces) else {
-                batch.pieces.truncate(from);
-                tally.drop(Drop::BadChain);
-                continue;
+            let header = match find(chain, self.header_len, memory, finder, pieces) {
+                Some(header) => header,
+                None => match find_pieces(chain, self.header_len, memory, pieces) {
+                    Some(header) => {
+                        batch.copied.push(header);
+                        VolatileSlice::from(&mut [][..])
+                    }
+                    None => {
+                        pieces.truncate(from);
+                        tally.drop(Drop::BadChain);
+                        continue;
+                    }
+                },
             };
-            let at = from..batch.pieces.len();
-            batch.found.push(Found { header, at, len });
+            let to = pieces.len();
+            batch.found.push(Found {
+                header,
+                from,
+                to,
+                len,
+            });
         }
     }
 

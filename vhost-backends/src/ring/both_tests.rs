@@ -60,6 +60,7 @@ impl Driver {
             used: GuestAddress(USED),
             event_idx: true,
             indirect: true,
+            in_order: false,
         }
     }
 

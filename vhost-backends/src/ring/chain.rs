@@ -1,12 +1,12 @@
 //! One descriptor chain as an owned value.
 
 use super::Retire;
+use super::place::view_in;
 use pv_abi::limits::MAX_CHAIN_LEN;
 use pv_abi::virtio::Desc;
 use smallvec::SmallVec;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    VolatileSlice,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
 };
 
 /// A buffer of the guest, checked to lie in memory when the chain was walked.
@@ -216,9 +216,12 @@ impl Finder {
         memory: &'m GuestMemoryMmap,
         segment: Segment,
     ) -> Option<VolatileSlice<'m, ()>> {
-        let near = memory.iter().nth(self.region);
-        near.and_then(|region| view_in(region, segment))
-            .or_else(|| self.search(memory, segment))
+        if let Some(region) = memory.iter().nth(self.region)
+            && let Some(view) = view_in(region, segment.addr, segment.len as usize)
+        {
+            return Some(view);
+        }
+        self.search(memory, segment)
     }
 
     #[cold]
@@ -231,14 +234,8 @@ impl Finder {
         let mut remembered = memory.iter().take(REMEMBERED);
         let index = remembered.position(|other| std::ptr::eq(other, region));
         self.region = index.unwrap_or(self.region);
-        view_in(region, segment)
+        view_in(region, segment.addr, segment.len as usize)
     }
-}
-
-#[inline]
-fn view_in(region: &GuestRegionMmap, segment: Segment) -> Option<VolatileSlice<'_, ()>> {
-    let start = region.to_region_addr(segment.addr)?;
-    GuestMemoryRegion::get_slice(region, start, segment.len as usize).ok()
 }
 
 /// The region in which the last buffer was: nearly always that of the next one.

@@ -31,7 +31,7 @@ pub use split::{RingConfig, SplitRing};
 pub(crate) use chain::Finder;
 pub(crate) use dirty::RingDirty;
 use place::{Mapped, map_part};
-pub(crate) use place::{will_read, will_write};
+pub(crate) use place::{cut, will_read, will_write};
 
 use vm_memory::GuestAddress;
 

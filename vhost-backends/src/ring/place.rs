@@ -3,12 +3,14 @@
 // UNSAFETY: atomic accesses to memory of a guest, found once and not again for each access.
 
 use super::{Retire, RingError, RingPart};
-use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+use std::arch::asm;
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice,
+    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    VolatileSlice,
 };
 
 /// A part of a ring in memory of ours.
@@ -66,6 +68,22 @@ impl Mapped {
         Ok(())
     }
 
+    /// Eight bytes, the first in the lowest.
+    #[inline]
+    pub(super) fn load64(&self, offset: u64, order: Ordering) -> Result<u64, Retire> {
+        // SAFETY: as in `load16`.
+        let value = unsafe { self.at::<AtomicU64>(offset)?.as_ref() }.load(order);
+        Ok(u64::from_le(value))
+    }
+
+    /// Eight bytes, the lowest first.
+    #[inline]
+    pub(super) fn store64(&self, offset: u64, value: u64, order: Ordering) -> Result<(), Retire> {
+        // SAFETY: as in `load16`.
+        unsafe { self.at::<AtomicU64>(offset)?.as_ref() }.store(value.to_le(), order);
+        Ok(())
+    }
+
     /// Asks the processor for a place that will be read soon. One outside is let be.
     #[inline]
     pub(super) fn prefetch(&self, offset: u64) {
@@ -75,38 +93,82 @@ impl Mapped {
         }
     }
 
-    /// Eight bytes, the first in the lowest.
+    /// Asks for one that will be read and then written.
     #[inline]
-    pub(super) fn load64(&self, offset: u64) -> Result<u64, Retire> {
-        // SAFETY: as in `load16`. Ordering: Relaxed, what published it was acquired.
-        let value = unsafe { self.at::<AtomicU64>(offset)?.as_ref() }.load(Ordering::Relaxed);
-        Ok(u64::from_le(value))
+    pub(super) fn prefetch_to_write(&self, offset: u64) {
+        if let Ok(place) = self.at::<AtomicU16>(offset) {
+            prefetch_to_write(place.as_ptr().cast());
+        }
     }
 }
 
 /// Bytes that the processor fetches together.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
+
+/// The whole of a buffer, where it lies in this region. Like this, and not by the region's own
+/// way: what that gives back goes through memory, and a batch of buffers waits for it.
+#[inline]
+pub(super) fn view_in(
+    region: &GuestRegionMmap,
+    addr: GuestAddress,
+    len: usize,
+) -> Option<VolatileSlice<'_, ()>> {
+    let from = addr.0.checked_sub(region.start_addr().0)?;
+    let end = from.checked_add(len as u64)?;
+    if end > region.len() {
+        return None;
+    }
+    // Below the region's length, which is a mapping's.
+    let from = from as usize;
+    // SAFETY: these bytes are in the mapping, which is there as long as the region is borrowed.
+    Some(unsafe { VolatileSlice::new(region.as_ptr().add(from), len) })
+}
+
+/// A view in two, the first of them `at` bytes long.
+#[inline]
+pub(crate) fn cut<'m>(
+    view: VolatileSlice<'m, ()>,
+    at: usize,
+) -> Option<(VolatileSlice<'m, ()>, VolatileSlice<'m, ()>)> {
+    let rest = view.len().checked_sub(at)?;
+    let start = view.ptr_guard_mut().as_ptr();
+    // SAFETY: both are in the view, and live as long.
+    Some(unsafe {
+        (
+            VolatileSlice::new(start, at),
+            VolatileSlice::new(start.add(at), rest),
+        )
+    })
+}
 
 /// Asks the processor for the start of a buffer that will be read soon: a header, and what comes
 /// behind it.
 #[inline]
 pub(crate) fn will_read(view: &VolatileSlice<'_, ()>) {
-    fetch::<_MM_HINT_T0>(view);
+    let start: *const i8 = view.ptr_guard().as_ptr().cast();
+    // SAFETY: hints that read nothing, whatever is there; SSE is there on every x86-64.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(start);
+        _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(LINE));
+    }
 }
 
 /// Asks the processor for the start of a buffer that will be written soon.
 #[inline]
 pub(crate) fn will_write(view: &VolatileSlice<'_, ()>) {
-    fetch::<_MM_HINT_ET0>(view);
+    let start = view.ptr_guard().as_ptr();
+    prefetch_to_write(start);
+    prefetch_to_write(start.wrapping_add(LINE));
 }
 
+/// Asks for a line alone. The intrinsic for this asks for a line to share, but where a compiler is
+/// told of a newer processor; and the one who has it would be asked a second time.
 #[inline]
-fn fetch<const HINT: i32>(view: &VolatileSlice<'_, ()>) {
-    let start: *const i8 = view.ptr_guard().as_ptr().cast();
-    // SAFETY: hints that read nothing, whatever is there; SSE is there on every x86-64.
+fn prefetch_to_write(place: *const u8) {
+    // SAFETY: a hint that changes nothing, whatever is there; a processor that does not know it
+    // takes it for none.
     unsafe {
-        _mm_prefetch::<HINT>(start);
-        _mm_prefetch::<HINT>(start.wrapping_add(LINE));
+        asm!("prefetchw [{}]", in(reg) place, options(nostack, preserves_flags, readonly));
     }
 }
 

@@ -46,6 +46,9 @@ pub struct RingConfig {
     pub event_idx: bool,
     /// `INDIRECT_DESC` was negotiated.
     pub indirect: bool,
+    /// `IN_ORDER` was negotiated, which a device may offer that completes chains in the order in
+    /// which it took them.
+    pub in_order: bool,
 }
 
 /// The device's half of a split virtqueue.
@@ -62,6 +65,7 @@ pub struct SplitRing {
     used_part: Mapped,
     event_idx: bool,
     indirect: bool,
+    in_order: bool,
     /// The driver's available index when it was last read; entries up to here may be taken.
     known_avail: u16,
     /// `next_used` when `should_signal` was last asked.
@@ -134,6 +138,7 @@ impl SplitRing {
             used_part,
             event_idx: config.event_idx,
             indirect: config.indirect,
+            in_order: config.in_order,
             known_avail: 0,
             signalled: 0,
             signalled_valid: false,
@@ -192,6 +197,7 @@ impl SplitRing {
             used: self.used,
             event_idx: self.event_idx,
             indirect: self.indirect,
+            in_order: self.in_order,
         }
     }
 
@@ -371,8 +377,9 @@ impl SplitRing {
         let offset = 16 * u64::from(index);
         let Some(table) = table else {
             let words = [
-                self.desc_part.load64(offset)?,
-                self.desc_part.load64(offset + 8)?,
+                // Ordering: Relaxed, the index was acquired.
+                self.desc_part.load64(offset, Ordering::Relaxed)?,
+                self.desc_part.load64(offset + 8, Ordering::Relaxed)?,
             ];
             return Desc::read_from_bytes(words.as_bytes()).map_err(|_| Retire::RingAccess);
         };

@@ -160,6 +160,7 @@ impl Vring {
             used: translate(addr.used)?,
             event_idx: with.features & feature::EVENT_IDX != 0,
             indirect: with.features & feature::INDIRECT_DESC != 0,
+            in_order: with.features & feature::IN_ORDER != 0,
         };
         let mut setup = RingSetup::new(config, with.packed(), Arc::clone(memory));
         setup.base = self.base;

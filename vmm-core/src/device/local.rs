@@ -258,6 +258,7 @@ fn ring(q: &QueueConfig, features: u64, memory: &Arc<GuestMemoryMmap>) -> io::Re
         used: GuestAddress(q.used),
         event_idx: features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
         indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+        in_order: false,
     };
     SplitRing::new(config, Arc::clone(memory)).map_err(io::Error::other)
 }

@@ -308,7 +308,7 @@ impl Port for SwitchPort {
         let ways: Vec<Way> = frames
             .iter()
             .map(|frame| {
-                let addresses = (frame.source(), frame.destination());
+                let addresses = frame.addresses();
                 if let Some((same, way)) = before
                     && same == addresses
                 {

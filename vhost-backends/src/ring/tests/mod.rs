@@ -1,6 +1,7 @@
 //! Tests of the ring: registers, batches and notification here; hostile cases and a model apart.
 
 mod hostile;
+mod in_order;
 mod model;
 
 use super::*;
@@ -48,6 +49,7 @@ impl Driver {
             used: GuestAddress(USED),
             event_idx,
             indirect: true,
+            in_order: false,
         }
     }
 

@@ -4,26 +4,29 @@
 //! right into the guest's buffers; out go used buffers and one signal for a batch. What does not
 //! fit is dropped and counted, and costs nobody else anything.
 
+mod buffers;
+mod copy;
+
 use super::capture::Direction;
 use super::filter::Filter;
-use super::frame::{ETHERNET_LEN, Frame};
+use super::frame::{ETHERNET_LEN, Frame, asks_nothing};
 use super::limits::{MAX_FRAME_LEN, MAX_MERGED, MIN_FRAME_LEN};
 use super::offload::{Offloads, Scratch, complete};
 use super::port::vectors::MOST as MOST_VECTORS;
 use super::stats::{Drop, Tally};
 use super::{Link, header_len};
-use crate::ring::{Completion, DeviceRing, Finder, OwnedChain, Ring, will_write};
+use crate::ring::{Completion, DeviceRing, Finder, OwnedChain, Ring, cut, will_write};
 use crate::session::{Notifier, QueueSetup, QueueStop};
+use buffers::Buffers;
+use copy::{Source, put_header};
 use pv_abi::limits::MAX_CHAIN_LEN;
-use pv_abi::virtio::net::{HashReport, Header, feature, gso, header_flag};
-use std::collections::VecDeque;
+use pv_abi::virtio::net::{HashReport, Header, feature, gso};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vm_memory::{GuestMemoryMmap, VolatileMemory, VolatileSlice};
-use zerocopy::IntoBytes;
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 /// Buffers that are on their way to this processor while one is filled: about as many as it waits
 /// for at a time.
-const AHEAD: usize = 8;
+const AHEAD: usize = 16;
 /// Frames that a driver gets to see together: it takes them while the next ones are copied, and
 /// each time costs both sides a trip of the ring's memory.
 const SHOWN_TOGETHER: usize = 16;
@@ -118,13 +121,6 @@ impl Inlet {
     }
 }
 
-/// A receive buffer, taken from the ring.
-#[derive(Debug)]
-struct Buffer {
-    chain: OwnedChain,
-    room: usize,
-}
-
 /// One receive queue.
 #[derive(Debug)]
 pub(super) struct RxQueue {
@@ -140,7 +136,7 @@ pub(super) struct RxQueue {
     /// The most that the driver was told of.
     mtu: Option<usize>,
     /// Taken from the ring and not used yet, in order.
-    staged: VecDeque<Buffer>,
+    staged: Buffers,
     staged_room: usize,
     finder: Finder,
     /// Published, and the driver not called for them yet.
@@ -176,7 +172,7 @@ impl RxQueue {
             features: setup.features,
             header_len: header_len(setup.features),
             mergeable: setup.features & feature::MRG_RXBUF != 0,
-            staged: VecDeque::new(),
+            staged: Buffers::default(),
             staged_room: 0,
             finder: Finder::default(),
             shown: 0,
@@ -190,8 +186,7 @@ impl RxQueue {
     fn stop(mut self) -> QueueStop {
         self.publish();
         let staged = std::mem::take(&mut self.staged);
-        self.ring
-            .put_back(staged.into_iter().map(|buffer| buffer.chain));
+        self.ring.put_back(staged.into_chains());
         QueueStop {
             ring: self.ring.save(),
             retired: self.ring.retired(),
@@ -293,18 +288,14 @@ impl RxQueue {
         let Some(to) = self.finder.view(&self.memory, *segment) else {
             return false;
         };
-        let Ok(rest) = to.offset(head) else {
+        let Some((first, rest)) = cut(to, head) else {
             return false;
         };
-        let header = Header {
-            num_buffers: 1,
-            ..frame.header
-        };
-        put_header(&to, header, head);
+        put_header(&first, &frame.header, 1, head);
         piece.copy_to_volatile_slice(rest);
         self.done.push(used(&buffer.chain, head + len));
         self.staged_room -= buffer.room;
-        self.staged.pop_front();
+        self.staged.drop_front();
         true
     }
 
@@ -317,9 +308,10 @@ impl RxQueue {
     /// Makes sure that the first staged buffers have this much room together. How many it takes.
     fn gather(&mut self, need: usize) -> Result<usize, NoRoom> {
         while self.staged.front().is_some_and(|buffer| buffer.room == 0) {
-            if let Some(buffer) = self.staged.pop_front() {
+            if let Some(buffer) = self.staged.front() {
                 self.done.push(used(&buffer.chain, 0));
             }
+            self.staged.drop_front();
         }
         let (mut room, mut count) = (0, 0);
         loop {
@@ -346,23 +338,16 @@ impl RxQueue {
             return false;
         }
         loop {
-            // Filled where it stays.
-            self.staged.push_back(Buffer {
-                chain: OwnedChain::empty(),
-                room: 0,
-            });
-            let Some(buffer) = self.staged.back_mut() else {
+            let Some(buffer) = self.staged.free_place() else {
                 return false;
             };
             match self.ring.pop_into(&mut buffer.chain) {
                 Ok(true) => {}
                 Ok(false) => {
-                    self.staged.pop_back();
                     self.empty = true;
                     return false;
                 }
                 Err(reason) => {
-                    self.staged.pop_back();
                     if !std::mem::replace(&mut self.retired, true) {
                         self.link.ring_retired(&reason);
                         self.err.signal();
@@ -375,12 +360,13 @@ impl RxQueue {
             if room < self.header_len || !chain.readable().is_empty() {
                 // Not a receive buffer: given back in its turn, with nothing in it.
                 self.link.stats.drop(Drop::BadBuffer, 1);
+                buffer.room = 0;
                 let unused = used(chain, 0);
-                if self.staged.len() == 1 {
+                if self.staged.is_empty() {
                     self.done.push(unused);
-                    self.staged.pop_back();
                     continue;
                 }
+                self.staged.push();
                 return true;
             }
             buffer.room = room;
@@ -390,6 +376,7 @@ impl RxQueue {
             {
                 will_write(&view);
             }
+            self.staged.push();
             return true;
         }
     }
@@ -405,7 +392,7 @@ impl RxQueue {
     ) {
         let (mut left, mut in_place) = (len, in_place);
         for index in 0..count {
-            let Some(buffer) = self.staged.pop_front() else {
+            let Some(buffer) = self.staged.front() else {
                 break;
             };
             self.staged_room -= buffer.room;
@@ -424,6 +411,7 @@ impl RxQueue {
             self.copy(&buffer.chain, from, head + take - from, source);
             left -= take;
             self.done.push(used(&buffer.chain, head + take));
+            self.staged.drop_front();
         }
     }
 
@@ -452,6 +440,9 @@ impl RxQueue {
         if shown > 0 {
             let wanted = self.ring.should_signal();
             (self.link).call(self.index, shown, wanted, &self.call);
+            // The next batch finds its first buffers here.
+            self.stage_ahead(AHEAD);
+            self.empty = false;
         }
     }
 
@@ -543,86 +534,7 @@ fn used(chain: &OwnedChain, written: usize) -> Completion {
     }
 }
 
-/// Writes the first `len` bytes of a header; all but the shortest in two steps.
-#[inline]
-fn put_header(to: &VolatileSlice<'_, ()>, header: Header, len: usize) {
-    let bytes = header.as_bytes();
-    if len == size_of::<Header>()
-        && let (Some(first), Some(second)) = (bytes.first_chunk(), bytes.last_chunk())
-        && let (Ok(low), Ok(high)) = (to.get_ref::<u64>(0), to.get_ref::<u32>(8))
-    {
-        low.store(u64::from_ne_bytes(*first));
-        high.store(u32::from_ne_bytes(*second));
-        return;
-    }
-    to.copy_from(bytes.get(..len).unwrap_or_default());
-}
-
 /// Whether a header asks for anything.
 pub(super) fn is_plain(header: &Header) -> bool {
-    header.gso_type == gso::NONE && header.flags & header_flag::NEEDS_CSUM == 0
-}
-
-/// Longest header: with a hash report.
-const MOST_HEADER: usize = size_of::<Header>() + size_of::<HashReport>();
-
-/// Bytes of a header and a frame, taken from the front.
-#[derive(Debug)]
-struct Source<'s> {
-    header: [u8; MOST_HEADER],
-    /// What is left of the header.
-    head: std::ops::Range<usize>,
-    pieces: &'s [VolatileSlice<'s, ()>],
-    offset: usize,
-}
-
-impl<'s> Source<'s> {
-    fn new(pieces: &'s [VolatileSlice<'s, ()>], hash: Option<HashReport>) -> Source<'s> {
-        let mut header = [0; MOST_HEADER];
-        if let (Some(hash), Some(to)) =
-            (hash, header.last_chunk_mut::<{ size_of::<HashReport>() }>())
-        {
-            to.copy_from_slice(hash.as_bytes());
-        }
-        Source {
-            header,
-            head: 0..0,
-            pieces,
-            offset: 0,
-        }
-    }
-
-    /// A header comes next.
-    fn head(&mut self, header: Header, len: usize) {
-        for (to, from) in self.header.iter_mut().zip(header.as_bytes()) {
-            *to = *from;
-        }
-        self.head = 0..len;
-    }
-
-    /// Fills `to`, or as much of it as there are bytes for.
-    fn copy_into(&mut self, to: &VolatileSlice<'_, ()>) {
-        let mut at = 0;
-        if let Some(left) = self.header.get(self.head.clone()) {
-            at = left.len().min(to.len());
-            to.copy_from(left.get(..at).unwrap_or_default());
-            self.head.start += at;
-        }
-        while at < to.len() {
-            let Some(piece) = self.pieces.first() else {
-                return;
-            };
-            let take = (piece.len() - self.offset).min(to.len() - at);
-            // Both ranges are inside their slices.
-            if let (Ok(from), Ok(to)) = (piece.subslice(self.offset, take), to.offset(at)) {
-                from.copy_to_volatile_slice(to);
-            }
-            at += take;
-            self.offset += take;
-            if self.offset == piece.len() {
-                self.pieces = self.pieces.get(1..).unwrap_or_default();
-                self.offset = 0;
-            }
-        }
-    }
+    asks_nothing(header.flags, header.gso_type)
 }
