@@ -109,7 +109,7 @@ pub const NBD_STOP_SECS: u64 = 2;
 pub const NBD_SILENCE_SECS: u64 = 30;
 /// Milliseconds to wait for an image that another process has locked: one that was just killed
 /// may not be gone.
-pub const LOCK_WAIT_MILLIS: u64 = 1000;
+pub const LOCK_WAIT_MILLIS: u64 = 3000;
 /// Milliseconds to wait for a folder that another process has locked: one of this crate needs a few.
 pub const FOLDER_LOCK_MILLIS: u64 = 3000;
 /// Milliseconds between two looks at such a lock.

@@ -20,7 +20,13 @@ const NOBODY: u32 = 65534;
 /// A copy that an unprivileged user can execute, wherever the build directory is.
 fn program_for_all(disk: &Disk) -> Command {
     let copy = disk.dir.path().join("pv-blkd");
-    std::fs::copy(env!("CARGO_BIN_EXE_pv-blkd"), &copy).unwrap();
+    // By another process: one that another test forks here would hold it open for writing for a
+    // moment, and it could not be executed.
+    let copied = Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_pv-blkd"))
+        .arg(&copy)
+        .status();
+    assert!(copied.unwrap().success());
     let open = |path: &std::path::Path, mode| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     };
