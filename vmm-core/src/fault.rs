@@ -134,7 +134,7 @@ pub enum Violation {
         gpa: u64,
     },
     /// A system call that the sandbox does not allow.
-    #[error("system call {number} from inside the sandbox")]
+    #[error("{} from inside the sandbox", system_call(*number))]
     SystemCall {
         /// Its number; `u32::MAX` when it came through another architecture's entry.
         number: u32,
@@ -151,6 +151,13 @@ pub enum Violation {
         /// The deadline.
         deadline_ms: u64,
     },
+}
+
+fn system_call(number: u32) -> String {
+    match number {
+        u32::MAX => "a 32-bit system call".into(),
+        number => format!("system call {number}"),
+    }
 }
 
 /// The peer of a device is gone.
@@ -319,6 +326,16 @@ mod tests {
         let message = "can't\n\u{1b}[2Jgo on \u{202e}".to_owned();
         let shown = ExitReason::Panicked(message).to_string();
         assert_eq!(shown, r"panicked: can\'t\n\u{1b}[2Jgo on \u{202e}");
+    }
+
+    #[test]
+    fn a_system_call_is_told_by_its_number_where_it_has_one() {
+        let said = |number| Violation::SystemCall { number }.to_string();
+        assert_eq!(said(39), "system call 39 from inside the sandbox");
+        assert_eq!(
+            said(u32::MAX),
+            "a 32-bit system call from inside the sandbox"
+        );
     }
 
     #[test]

@@ -30,6 +30,10 @@
 //! VM, nor paused in a call handler, which would wait for itself until it times out. A [`Call`] that is
 //! kept keeps all memory of its VM, the VM itself being gone or not.
 //!
+//! What an embedder forks has copies of its VMs that are of no use there: dropping or stopping one does
+//! nothing, in neither process, and everything else gives an error or says as much (`Vm`, `VmHandle`,
+//! `Spares`). A [`Call`] is not to be used there at all, as guest memory is not mapped.
+//!
 //! | room | what happens there |
 //! |---|---|
 //! | `image` | an ELF file becomes checked segments and a note |
@@ -61,6 +65,7 @@ mod fault;
 mod image;
 pub mod limits;
 mod memory;
+mod owner;
 mod pidfd;
 mod vm;
 

@@ -6,6 +6,7 @@
 use super::{DeviceIo, QueueConfig, Setup};
 use crate::limits::DEVICE_BATCH;
 use crate::memory::keep_private;
+use crate::owner::Owner;
 use crate::vm::events::signal;
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
@@ -37,6 +38,7 @@ type Wish = Box<dyn FnOnce(&mut EventManager<Boxed>) + Send>;
 
 /// The thread that serves all in-process devices of a VM, and its periodic work.
 pub(crate) struct LocalThread {
+    owner: Owner,
     endpoint: LocalEndpoint,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -91,6 +93,7 @@ impl LocalThread {
                 .spawn(body)
         };
         let local = LocalThread {
+            owner: Owner::here(),
             endpoint: LocalEndpoint { wishes, wake },
             stop,
             thread: None,
@@ -110,6 +113,9 @@ impl LocalThread {
 
 impl Drop for LocalThread {
     fn drop(&mut self) {
+        if !self.owner.is_here() {
+            return std::mem::forget(self.thread.take());
+        }
         self.stop.store(true, Ordering::Release);
         let _ = signal(&self.endpoint.wake);
         if let Some(thread) = self.thread.take() {

@@ -147,7 +147,8 @@ impl GuestMemory {
         inside(gpa, len, (RAM_HIGH_BASE, high.len())).map(|offset| (high, offset))
     }
 
-    pub(crate) fn report(&self) -> MemoryReport {
+    /// `mapped`: it is, in this process.
+    pub(crate) fn report(&self, mapped: bool) -> MemoryReport {
         let ram = [Some(&self.ram_low), self.ram_high.as_ref()];
         let mut report = MemoryReport {
             private: 0,
@@ -156,8 +157,11 @@ impl GuestMemory {
             arenas: self.arenas.iter().map(|a| a.region.len()).sum(),
         };
         for region in ram.into_iter().flatten() {
-            let usage = region.usage();
             report.private += region.len();
+            if !mapped {
+                continue;
+            }
+            let usage = region.usage();
             report.resident += usage.resident;
             report.huge.asked |= usage.huge.asked;
             report.huge.bytes += usage.huge.bytes;

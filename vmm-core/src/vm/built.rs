@@ -17,6 +17,10 @@ pub(super) struct EndUnlessRun(pub(super) Option<Arc<Shared>>);
 impl Drop for EndUnlessRun {
     fn drop(&mut self) {
         if let Some(shared) = self.0.take() {
+            if !shared.owner.is_here() {
+                // Nor is anything of it let go of: it would be unmapped, and it is not mapped.
+                return std::mem::forget(shared);
+            }
             shared.finish(ExitReason::Stopped);
             threads::join(&shared);
             for slot in &shared.devices {
@@ -58,7 +62,8 @@ impl Vm {
     /// Starts the first vCPU.
     ///
     /// # Errors
-    /// [`VmError::Host`] when a thread cannot be started.
+    /// [`VmError::Host`] when a thread cannot be started, [`VmError::OtherProcess`] in a process that
+    /// the one with the VM has forked.
     pub fn run(self) -> Result<VmHandle, VmError> {
         VmHandle::start(self)
     }

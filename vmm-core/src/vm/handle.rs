@@ -34,12 +34,19 @@ pub enum VmError {
     /// No such device.
     #[error("the VM has no {0}")]
     NoDevice(&'static str),
+    /// The VM belongs to the process that this one was forked from.
+    #[error("the VM is not this process's")]
+    OtherProcess(#[source] io::Error),
     /// A host call failed.
     #[error("the host could not do it")]
     Host(#[from] io::Error),
 }
 
 /// A running VM. Dropping it stops the VM and waits until nothing of it is left.
+///
+/// In a process that the embedder has forked, dropping or stopping the copy does nothing; what can
+/// fail fails with [`VmError::OtherProcess`], the end is a host error that says so, and reports are of
+/// what is known without guest memory.
 ///
 /// All methods may be called from any thread. [`AsFd`] gives a descriptor that polls readable once
 /// the VM has ended.
@@ -59,13 +66,14 @@ impl std::fmt::Debug for VmHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("VmHandle")
             .field("accel", &self.accel)
-            .field("exit", &self.shared.reason())
+            .field("exit", &self.exit())
             .finish_non_exhaustive()
     }
 }
 
 impl VmHandle {
     pub(super) fn start(vm: Vm) -> Result<VmHandle, VmError> {
+        own(&vm.shared)?;
         let Vm {
             mut guard,
             shared,
@@ -126,6 +134,7 @@ impl VmHandle {
     /// then.
     pub fn pause(&self) -> Result<(), VmError> {
         let shared = &self.shared;
+        own(shared)?;
         let _span = tracing::debug_span!(parent: &shared.span, "pause").entered();
         let _one = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
         let accel = shared.accel.get();
@@ -152,6 +161,7 @@ impl VmHandle {
     /// # Errors
     /// [`VmError::Ended`] if it has ended.
     pub fn resume(&self) -> Result<(), VmError> {
+        own(&self.shared)?;
         let _one = self.pausing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(reason) = self.shared.reason() {
             return Err(VmError::Ended(reason));
@@ -165,6 +175,9 @@ impl VmHandle {
     ///
     /// Does not wait; backends are told to hang up, so that nothing waits for them either.
     pub fn stop(&self) {
+        if !self.shared.owner.is_here() {
+            return;
+        }
         self.shared.finish(ExitReason::Stopped);
         for link in &self.links {
             link.stop();
@@ -190,6 +203,9 @@ impl VmHandle {
     }
 
     fn wait_until(&self, limit: Option<Instant>) -> Option<ExitReason> {
+        if let Some(reason) = self.elsewhere() {
+            return Some(reason);
+        }
         let dead = |accel: &Arc<dyn AccelVm>| accel.wait_dead(limit);
         if !self.shared.wait_done(limit) || !self.shared.accel.get().is_none_or(dead) {
             return None;
@@ -204,7 +220,13 @@ impl VmHandle {
 
     /// Why it has ended; `None` while it runs.
     pub fn exit(&self) -> Option<ExitReason> {
-        self.shared.reason()
+        self.elsewhere().or_else(|| self.shared.reason())
+    }
+
+    /// What is said of the VM where it is not; whatever is locked there stays so for ever.
+    fn elsewhere(&self) -> Option<ExitReason> {
+        let owner = self.shared.owner;
+        (!owner.is_here()).then(|| ExitReason::Host(Arc::new(owner.elsewhere())))
     }
 
     /// Exact counters.
@@ -214,7 +236,7 @@ impl VmHandle {
 
     /// What was asked for and achieved for private RAM.
     pub fn memory_report(&self) -> MemoryReport {
-        self.shared.memory.report()
+        self.shared.memory.report(self.shared.owner.is_here())
     }
 
     /// The layers that confine this guest.
@@ -230,12 +252,14 @@ impl VmHandle {
     /// # Errors
     /// [`VmError::NoDevice`] if the VM was built without a console.
     pub fn console_input(&self, bytes: &[u8]) -> Result<usize, VmError> {
+        own(&self.shared)?;
         let input = self.input.as_ref().ok_or(VmError::NoDevice("console"))?;
         Ok(input.push(bytes)?)
     }
 
     /// State of the device with this index, as the guest sees it; `None` if there is none.
     pub fn device_state(&self, index: usize) -> Option<DeviceState> {
+        own(&self.shared).ok()?;
         Some(self.shared.devices.get(index)?.state())
     }
 
@@ -248,6 +272,7 @@ impl VmHandle {
     /// # Errors
     /// [`VmError::NoDevice`] if there is no network card at this index.
     pub fn set_link(&self, index: usize, up: bool) -> Result<(), VmError> {
+        own(&self.shared)?;
         match self.shared.devices.get(index).map(|d| d.set_link(up)) {
             Some(Ok(true)) => Ok(()),
             Some(Err(error)) => Err(error.into()),
@@ -276,6 +301,7 @@ impl VmHandle {
     /// # Errors
     /// [`VmError::Host`] if the range is not private RAM.
     pub fn read_private(&self, gpa: u64, buffer: &mut [u8]) -> Result<(), VmError> {
+        own(&self.shared)?;
         let outside = || io::Error::other("not in private RAM");
         let found = self.shared.memory.private(gpa, buffer.len() as u64);
         let (region, offset) = found.ok_or_else(outside)?;
@@ -293,6 +319,10 @@ impl AsFd for VmHandle {
 
 impl Drop for VmHandle {
     fn drop(&mut self) {
+        if !self.shared.owner.is_here() {
+            std::mem::forget((Arc::clone(&self.shared), self.boot.take()));
+            return;
+        }
         self.stop();
         self.wait_until(None);
         threads::join(&self.shared);
@@ -303,6 +333,13 @@ impl Drop for VmHandle {
             slot.shut_down();
         }
     }
+}
+
+/// An error in a process that does not have the VM.
+fn own(shared: &Shared) -> Result<(), VmError> {
+    let owner = shared.owner;
+    let elsewhere = || VmError::OtherProcess(owner.elsewhere());
+    owner.is_here().then_some(()).ok_or_else(elsewhere)
 }
 
 /// Ends the VM if nothing has been negotiated by the deadline, which does not go on while it is paused.

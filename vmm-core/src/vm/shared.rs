@@ -12,6 +12,7 @@ use crate::fault::{ExitReason, GuestFault, Violation};
 use crate::limits::VCPU_KICK_PAUSE;
 use crate::memory::GuestMemory;
 use crate::memory::map::AddressMap;
+use crate::owner::Owner;
 use pv_abi::layout::{VMM_BASE, vcpu_page};
 use pv_abi::vcpu::VcpuPage;
 use std::io;
@@ -26,6 +27,7 @@ use vmm_sys_util::signal::Killable;
 pub(super) type LogSink = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
 
 pub(super) struct Shared {
+    pub(super) owner: Owner,
     pub(super) accel: OnceLock<Arc<dyn AccelVm>>,
     pub(super) memory: Arc<GuestMemory>,
     pub(super) map: Arc<AddressMap>,
@@ -83,6 +85,7 @@ pub(super) fn new_span() -> tracing::Span {
 impl Shared {
     pub(super) fn new(parts: SharedParts) -> Shared {
         Shared {
+            owner: Owner::here(),
             accel: OnceLock::new(),
             memory: parts.memory,
             map: parts.map,
@@ -218,10 +221,13 @@ impl Shared {
         }
     }
 
-    /// Counters, with those that the gate keeps in the guest's pages.
+    /// Counters, with those that the gate keeps in the guest's pages where these are mapped.
     pub(super) fn stats(&self) -> Stats {
         let mut stats = self.counters.snapshot();
         stats.negotiated_after = self.negotiated_after.get().copied();
+        if !self.owner.is_here() {
+            return stats;
+        }
         for vcpu in 0..self.vcpus {
             let page = vcpu_page(vcpu) - VMM_BASE;
             let read = |field: usize| {

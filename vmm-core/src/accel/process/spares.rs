@@ -8,6 +8,7 @@
 use super::stub::Stub;
 use crate::accel::Accel;
 use crate::limits::{MAX_SPARES, SPARE_DELAY, SPARE_PAUSE};
+use crate::owner::Owner;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -25,7 +26,8 @@ use std::time::{Duration, Instant};
 /// is installed when it becomes a guest. Affinity, priority, cgroup and limits are those of the thread
 /// that called [`Spares::new`]. Each costs a process without memory to speak of, a thread, and two
 /// descriptors. Clones share the same spares; the last one that is dropped, builders' too, ends those
-/// that wait and not those that VMs have taken.
+/// that wait and not those that VMs have taken. In a process that the embedder forks there are none, and
+/// a builder there starts its own.
 ///
 /// ```no_run
 /// use vmm_core::{Accel, Image, Spares, VmBuilder};
@@ -79,6 +81,7 @@ impl Spares {
             .name("pv-spares".into())
             .spawn(move || keep(&own))?;
         Ok(Spares(Arc::new(Keeper {
+            owner: Owner::here(),
             shelf,
             thread: Some(thread),
         })))
@@ -86,6 +89,9 @@ impl Spares {
 
     /// Waits until as many wait as shall, at most so long. `false`: not in time.
     pub fn wait_full(&self, limit: Duration) -> bool {
+        if !self.0.owner.is_here() {
+            return false;
+        }
         let shelf = &self.0.shelf;
         let lacking = |state: &mut State| state.living() < shelf.wanted;
         let waited = shelf
@@ -96,6 +102,9 @@ impl Spares {
 
     /// How many wait, and what has become of the others.
     pub fn counts(&self) -> SpareCounts {
+        if !self.0.owner.is_here() {
+            return SpareCounts::default();
+        }
         let state = self.0.shelf.lock();
         SpareCounts {
             waiting: state.living(),
@@ -105,6 +114,9 @@ impl Spares {
 
     /// One that waits; `None` if there is none.
     pub(super) fn take(&self) -> Option<Stub> {
+        if !self.0.owner.is_here() {
+            return None;
+        }
         let shelf = &self.0.shelf;
         let mut state = shelf.lock();
         // The dead are left to the keeper: their threads are waited for.
@@ -127,12 +139,17 @@ impl Spares {
 /// Ends the keeper's thread.
 #[derive(Debug)]
 struct Keeper {
+    owner: Owner,
     shelf: Arc<Shelf>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Drop for Keeper {
     fn drop(&mut self) {
+        if !self.owner.is_here() {
+            std::mem::forget((Arc::clone(&self.shelf), self.thread.take()));
+            return;
+        }
         self.shelf.lock().stop = true;
         self.shelf.changed.notify_all();
         if let Some(thread) = self.thread.take() {

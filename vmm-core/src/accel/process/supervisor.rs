@@ -37,6 +37,7 @@ pub(super) fn run(socket: OwnedFd, tell: Arc<UnixDatagram>, trace: bool, watch: 
         pidfd: Arc::clone(&pidfd),
         threads: HashMap::new(),
         traced: false,
+        sent: false,
     };
     if trace {
         match tracer.seize() {
@@ -68,6 +69,8 @@ struct Tracer {
     /// Threads, and whether each is in a group stop.
     threads: HashMap<libc::pid_t, bool>,
     traced: bool,
+    /// Somebody has sent it a signal that faults have, and it gets that.
+    sent: bool,
 }
 
 impl Tracer {
@@ -87,7 +90,11 @@ impl Tracer {
     fn watch(&mut self, watch: &Watch) -> Violation {
         loop {
             let mut status = 0;
-            let flags = libc::__WALL | libc::__WNOTHREAD | libc::WUNTRACED;
+            let mut flags = libc::__WALL | libc::__WNOTHREAD | libc::WUNTRACED;
+            if !self.traced {
+                // A tracer is told by a stop of its own.
+                flags |= libc::WCONTINUED;
+            }
             // SAFETY: waits for children and tracees of this thread only.
             let tid = unsafe { libc::waitpid(-1, &raw mut status, flags) };
             if tid < 0 {
@@ -102,17 +109,19 @@ impl Tracer {
             if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
                 self.threads.remove(&tid);
                 if tid == self.pid {
-                    return how_ended(status);
+                    return how_ended(status, self.sent);
                 }
                 self.note_stops(watch);
             } else if libc::WIFSTOPPED(status) {
                 if self.traced {
                     self.stopped(tid, status, watch);
                 } else if watch.armed().is_some() {
-                    watch.note_stopped();
+                    watch.note_stopped(true);
                 } else {
                     self.end();
                 }
+            } else if libc::WIFCONTINUED(status) {
+                watch.note_stopped(false);
             }
         }
     }
@@ -137,6 +146,7 @@ impl Tracer {
             return;
         }
         self.threads.insert(tid, false);
+        self.note_stops(watch);
         if event != 0 {
             self.request(libc::PTRACE_CONT, tid, 0);
             return;
@@ -155,7 +165,10 @@ impl Tracer {
         }
         match self.describe(tid) {
             // Sent by somebody, not raised by an instruction.
-            Some(found) if found.code <= 0 => self.request(libc::PTRACE_CONT, tid, signal),
+            Some(found) if found.code <= 0 => {
+                self.sent = true;
+                self.request(libc::PTRACE_CONT, tid, signal);
+            }
             found => {
                 if let Some(guest) = watch.armed() {
                     let signal = found.unwrap_or(Signal {
@@ -180,11 +193,9 @@ impl Tracer {
         let _ = signal(&self.pidfd, libc::SIGKILL);
     }
 
-    /// Tells who waits for a stop once all threads are in it.
+    /// Says whether all threads are in a stop, for who waits for that.
     fn note_stops(&self, watch: &Watch) {
-        if self.threads.values().all(|stopped| *stopped) {
-            watch.note_stopped();
-        }
+        watch.note_stopped(self.threads.values().all(|stopped| *stopped));
     }
 
     fn request(&self, request: libc::c_uint, tid: libc::pid_t, data: libc::c_int) {
@@ -249,14 +260,15 @@ impl Tracer {
     }
 }
 
-fn how_ended(status: libc::c_int) -> Violation {
+/// `sent`: somebody has sent it a signal that faults have.
+fn how_ended(status: libc::c_int, sent: bool) -> Violation {
     if libc::WIFEXITED(status) {
         let how = format!("exit code {}", libc::WEXITSTATUS(status));
         return Violation::ProcessEnded { how };
     }
     match libc::WTERMSIG(status) {
         // The filter kills at once what comes through another architecture's entry (`INT 0x80`).
-        libc::SIGSYS => Violation::SystemCall { number: u32::MAX },
+        libc::SIGSYS if !sent => Violation::SystemCall { number: u32::MAX },
         signal => Violation::ProcessEnded {
             how: format!("signal {signal}"),
         },

@@ -64,6 +64,7 @@ struct State {
     guest: Option<Arc<Guest>>,
     armed: bool,
     stop_wanted: bool,
+    /// Every thread is in a stop, whoever asked for it: a second stop signal makes no news of it.
     stopped: bool,
     ended: bool,
     dead: bool,
@@ -191,17 +192,18 @@ impl Watch {
     pub(super) fn want_stop(&self, wanted: bool) -> bool {
         self.update(|state| {
             let news = state.stop_wanted != wanted;
-            if news {
-                state.stop_wanted = wanted;
+            state.stop_wanted = wanted;
+            if news && !wanted {
+                // They are about to leave it, before the supervisor sees that.
                 state.stopped = false;
             }
             news
         })
     }
 
-    /// Every thread of the guest has stopped.
-    pub(super) fn note_stopped(&self) {
-        self.update(|state| state.stopped = true);
+    /// Whether every thread of the guest is in a stop now.
+    pub(super) fn note_stopped(&self, all: bool) {
+        self.update(|state| state.stopped = all);
     }
 
     /// Waits until every thread of the guest has stopped. `false`: it took too long.

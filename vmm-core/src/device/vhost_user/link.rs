@@ -12,6 +12,7 @@ use crate::limits::{
     BACKEND_CONNECT_TIMEOUT, RECONNECT_PAUSE, RECONNECT_PAUSE_IN_USE, REFRESH_PAUSE,
     STEADY_CONNECTION,
 };
+use crate::owner::Owner;
 use crate::vm::VmEvent;
 use crate::vm::events::signal;
 use crate::vm::stats::Counters;
@@ -47,6 +48,7 @@ pub(crate) struct Reports {
 
 /// The thread that keeps one backend.
 pub(crate) struct Link {
+    owner: Owner,
     control: Arc<Control>,
     thread: Option<JoinHandle<()>>,
 }
@@ -173,6 +175,7 @@ impl Link {
                 keeper.run(&sender);
             })?;
         let link = Link {
+            owner: Owner::here(),
             control,
             thread: Some(thread),
         };
@@ -195,6 +198,9 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
+        if !self.owner.is_here() {
+            return std::mem::forget(self.thread.take());
+        }
         self.stop();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
