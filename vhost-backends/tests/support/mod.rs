@@ -95,10 +95,15 @@ impl Frontend {
             std::thread::sleep(Duration::from_millis(2));
         }
         let watchdog = watchdog();
-        // The path is there a moment before anybody listens on it.
+        // The path is there a moment before anybody listens on it, and a stale one goes before that.
         let vhost = loop {
             match VhostUser::new(socket.to_str().unwrap(), features) {
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotFound
+                    ) =>
+                {
                     assert!(Instant::now() < deadline, "nobody listens");
                     std::thread::sleep(Duration::from_millis(2));
                 }
