@@ -330,9 +330,19 @@ fn backends_that_cannot_serve_are_named() {
     let missing = failed(BlockConfig::spawn(|| Command::new("/no/such/daemon")));
     assert!(missing.contains("/no/such/daemon"), "{missing}");
     let ends = failed(BlockConfig::spawn(|| Command::new("/bin/true")));
-    assert!(ends.starts_with("disk: "), "{ends}");
+    let hung_up = "disk: the backend hung up before it was ready: ";
+    assert_eq!(ends, format!("{hung_up}exit status: 0"));
+    let panics = failed(BlockConfig::in_process(|_| panic!("a bug")));
+    assert_eq!(panics, format!("{hung_up}it panicked: a bug"));
+    let refuses = failed(BlockConfig::in_process(|_| {
+        Err(std::io::Error::other("no disk"))
+    }));
+    assert_eq!(refuses, format!("{hung_up}no disk"));
     let no_file = failed(paravane_tests::disk("/no/such/image".as_ref(), &[]));
-    assert!(no_file.starts_with("disk: "), "{no_file}");
+    assert!(
+        no_file.starts_with(&format!("{hung_up}exit status: ")),
+        "{no_file}"
+    );
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("nobody.sock");
     let nobody = std::os::unix::net::UnixListener::bind(&socket).unwrap();

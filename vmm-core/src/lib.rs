@@ -65,6 +65,7 @@ mod fault;
 mod image;
 pub mod limits;
 mod memory;
+mod own_thread;
 mod owner;
 mod pidfd;
 mod vm;

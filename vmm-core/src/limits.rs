@@ -39,6 +39,9 @@ pub const RECONNECT_PAUSE_IN_USE: Duration = Duration::from_millis(100);
 pub const STEADY_CONNECTION: Duration = Duration::from_secs(2);
 /// How long a killed backend may take to die before the library stops waiting for it.
 pub const BACKEND_DEATH: Duration = Duration::from_secs(2);
+/// How long a backend that did not shake hands has to end before it is killed or left to itself; one
+/// that hangs up as it ends, which says why, is seen to end in far less.
+pub const HUNG_UP_END: Duration = Duration::from_secs(1);
 /// Bytes of a message that a backend sends unasked; the longest that there is has some 40.
 pub const MAX_NOTICE: usize = 4096;
 /// Least time between two reads of a configuration that a backend says has changed; what it says

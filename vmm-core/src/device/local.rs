@@ -6,6 +6,7 @@
 use super::{DeviceIo, QueueConfig, Setup};
 use crate::limits::DEVICE_BATCH;
 use crate::memory::keep_private;
+use crate::own_thread;
 use crate::owner::Owner;
 use crate::vm::events::signal;
 use event_manager::{
@@ -87,11 +88,7 @@ impl LocalThread {
                 }
             }
         };
-        let start = || {
-            std::thread::Builder::new()
-                .name("pv-devices".into())
-                .spawn(body)
-        };
+        let start = || own_thread::start("pv-devices", body);
         let local = LocalThread {
             owner: Owner::here(),
             endpoint: LocalEndpoint { wishes, wake },
@@ -187,7 +184,10 @@ impl LocalEndpoint {
 }
 
 fn other(error: event_manager::Error) -> io::Error {
-    io::Error::other(format!("event loop: {error:?}"))
+    match error {
+        event_manager::Error::Epoll(errno) => io::Error::from_raw_os_error(errno.errno()),
+        other => io::Error::other(format!("event loop: {other}")),
+    }
 }
 
 /// The active queues of one in-process device.

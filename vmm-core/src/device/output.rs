@@ -6,6 +6,7 @@
 
 use super::local::OnPanic;
 use crate::limits::CONSOLE_DRAIN;
+use crate::own_thread;
 use crate::vm::events::signal;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -59,8 +60,7 @@ impl OutputThread {
                 let _guard = OnPanic(Some(panicked));
                 own.write_all(&output);
             };
-            let thread = std::thread::Builder::new().name("pv-console".into());
-            thread.spawn(body)
+            own_thread::start("pv-console", body)
         };
         Ok(OutputThread {
             desk,

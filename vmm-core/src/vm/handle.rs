@@ -12,6 +12,7 @@ use crate::device::vhost_user::Link;
 use crate::fault::{ExitReason, Violation};
 use crate::limits::{BOOT_LOOK, VCPU_KICK_TIMEOUT};
 use crate::memory::MemoryReport;
+use crate::own_thread;
 use pv_abi::device::DeviceState;
 use pv_abi::layout::BOOT_BLOCK_BASE;
 use std::io;
@@ -367,9 +368,7 @@ fn watch_boot(shared: &Arc<Shared>, deadline: Duration) -> io::Result<JoinHandle
             }
         }
     };
-    std::thread::Builder::new()
-        .name("pv-boot".into())
-        .spawn(watch)
+    own_thread::start("pv-boot", watch)
 }
 
 /// A descriptor borrowed for as long as its owner is.

@@ -6,6 +6,7 @@
 use super::shared::Shared;
 use super::vcpu;
 use crate::accel::{MakeVcpu, Vcpu};
+use crate::own_thread;
 use std::io;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, PoisonError};
@@ -60,12 +61,10 @@ fn spawn(
     make: impl FnOnce() -> Option<Box<dyn Vcpu>> + Send + 'static,
 ) -> io::Result<JoinHandle<()>> {
     let own = Arc::clone(shared);
-    std::thread::Builder::new()
-        .name(format!("pv-vcpu{index}"))
-        .spawn(move || {
-            let _vm = own.span.enter();
-            vcpu::main(&own, index, make);
-        })
+    own_thread::start(&format!("pv-vcpu{index}"), move || {
+        let _vm = own.span.enter();
+        vcpu::main(&own, index, make);
+    })
 }
 
 /// Blocks a signal in this thread until dropped, unless it was blocked before.

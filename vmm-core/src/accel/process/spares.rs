@@ -8,6 +8,7 @@
 use super::stub::Stub;
 use crate::accel::Accel;
 use crate::limits::{MAX_SPARES, SPARE_DELAY, SPARE_PAUSE};
+use crate::own_thread;
 use crate::owner::Owner;
 use std::collections::VecDeque;
 use std::io;
@@ -77,9 +78,7 @@ impl Spares {
             changed: Condvar::new(),
         });
         let own = Arc::clone(&shelf);
-        let thread = std::thread::Builder::new()
-            .name("pv-spares".into())
-            .spawn(move || keep(&own))?;
+        let thread = own_thread::start("pv-spares", move || keep(&own))?;
         Ok(Spares(Arc::new(Keeper {
             owner: Owner::here(),
             shelf,

@@ -4,6 +4,7 @@ use super::watch::{Guest, Watch};
 use super::wire::{self, Setup};
 use super::{futex, spawn, supervisor};
 use crate::limits::STUB_READY_TIMEOUT;
+use crate::own_thread;
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::net::UnixDatagram;
@@ -40,12 +41,10 @@ impl Stub {
         own.set_nonblocking(true)?;
         let (watch, socket) = (Arc::new(Watch::default()), Arc::new(own));
         let (watched, tell) = (Arc::clone(&watch), Arc::clone(&socket));
-        let supervisor = std::thread::Builder::new()
-            .name("pv-supervisor".into())
-            .spawn(move || {
-                supervisor::run(stubs, tell, trace, &watched);
-                ended();
-            })?;
+        let supervisor = own_thread::start("pv-supervisor", move || {
+            supervisor::run(stubs, tell, trace, &watched);
+            ended();
+        })?;
         Ok(Stub {
             watch,
             socket: Some(socket),

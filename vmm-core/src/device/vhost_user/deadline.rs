@@ -3,9 +3,12 @@
 //! The vhost-user frontend reads until an answer is complete, however long that takes, so a socket
 //! time-out does not end it. What does is shutting the socket down, from another thread.
 
+use crate::own_thread;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -14,6 +17,7 @@ use std::time::Duration;
 pub(super) struct Deadline {
     over: Option<mpsc::Sender<()>>,
     thread: Option<JoinHandle<()>>,
+    passed: Arc<AtomicBool>,
 }
 
 impl Deadline {
@@ -21,11 +25,14 @@ impl Deadline {
     pub(super) fn start(stream: &UnixStream, limit: Duration) -> io::Result<Deadline> {
         let (sender, dropped) = mpsc::channel();
         let stream = stream.try_clone()?;
-        let thread = std::thread::Builder::new().name("pv-deadline".into());
         let span = tracing::Span::current();
-        let thread = thread.spawn(move || {
+        let passed = Arc::new(AtomicBool::new(false));
+        let noted = Arc::clone(&passed);
+        let thread = own_thread::start("pv-deadline", move || {
             let _of_caller = span.entered();
             if let Err(RecvTimeoutError::Timeout) = dropped.recv_timeout(limit) {
+                // Ordering: Release, before the end that it explains.
+                noted.store(true, Ordering::Release);
                 tracing::debug!(?limit, "a backend did not answer in time");
                 let _ = stream.shutdown(Shutdown::Both);
             }
@@ -33,7 +40,13 @@ impl Deadline {
         Ok(Deadline {
             over: Some(sender),
             thread: Some(thread),
+            passed,
         })
+    }
+
+    /// Whether it is what has ended the conversation.
+    pub(super) fn has_passed(&self) -> bool {
+        self.passed.load(Ordering::Acquire)
     }
 }
 
@@ -59,7 +72,8 @@ mod tests {
         std::thread::sleep(Duration::from_millis(60));
         io::Write::write_all(&mut &theirs, b"x").unwrap();
         assert_eq!(ours.read(&mut [0]).unwrap(), 1);
-        let _deadline = Deadline::start(&ours, Duration::from_millis(20)).unwrap();
+        let deadline = Deadline::start(&ours, Duration::from_millis(20)).unwrap();
         assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+        assert!(deadline.has_passed());
     }
 }

@@ -59,7 +59,21 @@ impl VhostUser {
         model: Arc<dyn Model>,
     ) -> io::Result<(VhostUser, Offer, Option<Notices>)> {
         let _span = tracing::debug_span!("handshake").entered();
-        let _deadline = Deadline::start(&stream, BACKEND_DEADLINE)?;
+        let deadline = Deadline::start(&stream, BACKEND_DEADLINE)?;
+        VhostUser::shake(stream, model).map_err(|error| {
+            if !deadline.has_passed() {
+                return error;
+            }
+            let text =
+                format!("the backend has not answered within {BACKEND_DEADLINE:?} ({error})");
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        })
+    }
+
+    fn shake(
+        stream: UnixStream,
+        model: Arc<dyn Model>,
+    ) -> io::Result<(VhostUser, Offer, Option<Notices>)> {
         let kept = stream.try_clone()?;
         let mut frontend = Frontend::from_stream(stream, u64::from(model.queues()));
         frontend.set_owner().map_err(step("SET_OWNER"))?;
@@ -262,8 +276,22 @@ fn read_config(frontend: &mut Frontend, lens: &[usize]) -> io::Result<Vec<u8>> {
     Err(last.map_or_else(|| io::Error::other("GET_CONFIG"), step("GET_CONFIG")))
 }
 
+/// What went wrong with this message; [`io::ErrorKind::UnexpectedEof`] where the backend hung up.
 fn step(message: &'static str) -> impl FnOnce(vhost::Error) -> io::Error {
-    move |error| io::Error::other(format!("vhost-user {message}: {error}"))
+    move |error| {
+        let hung_up = matches!(
+            error,
+            vhost::Error::VhostUserProtocol(
+                Refused::Disconnected | Refused::PartialMessage | Refused::SocketBroken(_)
+            )
+        );
+        let kind = if hung_up {
+            io::ErrorKind::UnexpectedEof
+        } else {
+            io::ErrorKind::Other
+        };
+        io::Error::new(kind, format!("vhost-user {message}: {error}"))
+    }
 }
 
 impl Backend for VhostUser {

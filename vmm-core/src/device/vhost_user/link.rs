@@ -9,9 +9,10 @@ use crate::device::local::OnPanic;
 use crate::device::{Offer, Slot};
 use crate::fault::{Fault, PeerLost, Policy};
 use crate::limits::{
-    BACKEND_CONNECT_TIMEOUT, RECONNECT_PAUSE, RECONNECT_PAUSE_IN_USE, REFRESH_PAUSE,
+    BACKEND_CONNECT_TIMEOUT, HUNG_UP_END, RECONNECT_PAUSE, RECONNECT_PAUSE_IN_USE, REFRESH_PAUSE,
     STEADY_CONNECTION,
 };
+use crate::own_thread;
 use crate::owner::Owner;
 use crate::vm::VmEvent;
 use crate::vm::events::signal;
@@ -102,6 +103,25 @@ enum Peer {
     Foreign,
 }
 
+impl Peer {
+    /// It has not shaken hands; why, as far as it is known. Nothing has been shared with it yet, so it
+    /// is not waited for longer than the moment in which most are seen to end.
+    fn not_ready(&mut self, error: io::Error) -> io::Error {
+        let hung_up = error.kind() == io::ErrorKind::UnexpectedEof;
+        let how = match self {
+            Peer::Process(process) if hung_up => process.has_ended(HUNG_UP_END),
+            Peer::Thread(thread) => thread.leave(),
+            Peer::Process(_) | Peer::Foreign => None,
+        };
+        if !hung_up {
+            return error;
+        }
+        let how = how.map_or_else(String::new, |how| format!(": {how}"));
+        let text = format!("the backend hung up before it was ready{how}");
+        io::Error::new(error.kind(), text)
+    }
+}
+
 struct Connection {
     peer: Peer,
     stream: UnixStream,
@@ -167,13 +187,11 @@ impl Link {
             epoll,
         };
         let (sender, first) = mpsc::channel();
-        let thread = std::thread::Builder::new()
-            .name("pv-backend".into())
-            .spawn(move || {
-                let _vm = span.entered();
-                let _guard = OnPanic(Some(panicked));
-                keeper.run(&sender);
-            })?;
+        let thread = own_thread::start("pv-backend", move || {
+            let _vm = span.entered();
+            let _guard = OnPanic(Some(panicked));
+            keeper.run(&sender);
+        })?;
         let link = Link {
             owner: Owner::here(),
             control,
@@ -333,7 +351,7 @@ impl Keeper {
     }
 
     fn connect(&self) -> io::Result<(Connection, VhostUser, Offer)> {
-        let (peer, stream) = match &self.config.source {
+        let (mut peer, stream) = match &self.config.source {
             Source::Spawn(command) => {
                 let (process, stream) = BackendProcess::start(command())?;
                 (Peer::Process(process), stream)
@@ -346,7 +364,8 @@ impl Keeper {
         };
         self.control.publish(&stream)?;
         let model = Arc::clone(&self.config.model);
-        let (backend, offer, notices) = VhostUser::handshake(stream.try_clone()?, model)?;
+        let shaken = VhostUser::handshake(stream.try_clone()?, model);
+        let (backend, offer, notices) = shaken.map_err(|error| peer.not_ready(error))?;
         if let Peer::Process(process) = &peer {
             self.control.pid.store(process.id(), Ordering::Relaxed);
         }

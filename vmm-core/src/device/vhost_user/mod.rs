@@ -161,7 +161,9 @@ impl<M: Model + Default> DeviceConfig<M> {
     /// over and nothing touches the arena any more; `vhost_backends::session::serve` does just
     /// that. It shares with the VMM what a process would share: the socket, the arena's file and
     /// the queues' eventfds. If it returns or panics while the VM runs, the backend is lost, and it
-    /// is called again. A VM that ends hangs up and waits for it, at most two seconds.
+    /// is called again. A VM that ends hangs up and waits for it, at most two seconds. `serve` should
+    /// return as soon as its stream is closed: where it has not answered in ten seconds at first, it is
+    /// hung up on, `build` fails, and a `serve` that does not return keeps its thread.
     ///
     /// What it saves is a process; what it costs is the sandbox around it.
     ///

@@ -89,6 +89,12 @@ impl BackendProcess {
         pidfd::ends_within(&running.pidfd, BACKEND_DEATH).then(|| running.how())
     }
 
+    /// How it ended by itself, if it does so in time.
+    pub(super) fn has_ended(&mut self, limit: Duration) -> Option<String> {
+        let running = self.0.as_mut()?;
+        pidfd::ends_within(&running.pidfd, limit).then(|| running.how())
+    }
+
     /// Gives it time to end by itself, and kills it otherwise.
     pub(super) fn finish(&mut self) {
         if let Some(running) = self.0.as_mut() {

@@ -2,13 +2,15 @@
 
 use super::Serve;
 use super::spawn::ended;
-use crate::limits::BACKEND_DEATH;
+use crate::limits::{BACKEND_DEATH, HUNG_UP_END};
+use crate::own_thread;
 use std::any::Any;
 use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// A thread that serves one connection; hung up on and waited for when dropped.
 pub(super) struct BackendThread {
@@ -33,13 +35,11 @@ impl BackendThread {
         let stream = Arc::new(theirs.try_clone()?);
         let (guard, serve) = (HangUp(Arc::clone(&stream)), Arc::clone(serve));
         let span = tracing::Span::current();
-        let thread = std::thread::Builder::new()
-            .name("pv-in-process".into())
-            .spawn(move || {
-                let _of_caller = span.entered();
-                let _guard = guard;
-                serve(theirs)
-            })?;
+        let thread = own_thread::start("pv-in-process", move || {
+            let _of_caller = span.entered();
+            let _guard = guard;
+            serve(theirs)
+        })?;
         let backend = BackendThread {
             thread: Some(thread),
             stream,
@@ -49,9 +49,23 @@ impl BackendThread {
 
     /// Hangs up and waits a while; how it ended, or `None` if it has not yet.
     pub(super) fn end(&mut self) -> Option<String> {
+        self.end_within(BACKEND_DEATH)
+    }
+
+    /// The same where nothing has been shared with it yet: it is not waited for later either, and goes
+    /// on by itself if it has not ended.
+    pub(super) fn leave(&mut self) -> Option<String> {
+        let how = self.end_within(HUNG_UP_END);
+        if self.thread.take().is_some() {
+            tracing::warn!("a backend of this process goes on without its connection");
+        }
+        how
+    }
+
+    fn end_within(&mut self, limit: Duration) -> Option<String> {
         let _ = self.stream.shutdown(Shutdown::Both);
         let thread = self.thread.as_ref()?;
-        ended(BACKEND_DEATH, || thread.is_finished().then_some(()))?;
+        ended(limit, || thread.is_finished().then_some(()))?;
         Some(match self.thread.take()?.join() {
             Ok(Ok(())) => "it ended".into(),
             Ok(Err(error)) => error.to_string(),
@@ -101,6 +115,21 @@ mod tests {
         let (mut thread, mut ours) = started(|_| panic!("a bug"));
         assert_eq!(ours.read(&mut [0]).unwrap(), 0);
         assert_eq!(thread.end().as_deref(), Some("it panicked: a bug"));
+    }
+
+    #[test]
+    fn one_that_does_not_return_is_left_to_itself() {
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let held = std::sync::Mutex::new(held);
+        let (mut thread, mut ours) = started(move |_| {
+            let _ = held.lock().unwrap().recv();
+            Ok(())
+        });
+        assert_eq!(thread.leave(), None);
+        assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+        // Nothing is waited for any more.
+        drop(thread);
+        drop(release);
     }
 
     #[test]
