@@ -49,7 +49,10 @@ pub fn accels() -> anyhow::Result<Vec<Accel>> {
                 .collect());
         }
         "all" => vec![Accel::Kvm, Accel::Process],
-        name => vec![name.parse::<Accel>()?],
+        name => vec![
+            name.parse::<Accel>()
+                .context("PV_ACCEL; the tests take all as well")?,
+        ],
     };
     for accel in &wanted {
         accel
