@@ -11,9 +11,11 @@
 
 pub(crate) mod map;
 mod region;
+mod room;
 
 pub use region::HugePages;
 pub(crate) use region::{Backing, Region, keep_private};
+pub(crate) use room::left as room_left;
 
 use crate::limits::{MAX_MEMORY, MIN_MEMORY};
 use pv_abi::layout::{

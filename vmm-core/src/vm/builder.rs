@@ -25,7 +25,7 @@ use crate::device::{Backend, Offer, console, rng};
 use crate::image::Image;
 use crate::limits::{CLOCK_UPDATE, HOST_ARENA, HOST_QUEUE_SIZE, MAX_MEMORY, MIN_ARENA, MIN_MEMORY};
 use crate::memory::map::AddressMap;
-use crate::memory::{GuestMemory, MemoryKind, MemoryPlan};
+use crate::memory::{GuestMemory, MemoryKind, MemoryPlan, room_left};
 use pv_abi::device::kind;
 use pv_abi::layout::ARENA_STRIDE;
 use pv_abi::limits::{
@@ -53,6 +53,17 @@ pub enum BuildError {
     /// The image and the stacks do not fit.
     #[error("{0}")]
     MemoryTooSmall(String),
+    /// All of the memory is to be present at once, and the host has less left, swap included.
+    #[error(
+        "{needed} bytes of memory are to be prefaulted, and the host, or this program's cgroup, has {left} \
+         left; give the guest less, or do not prefault"
+    )]
+    NoRoom {
+        /// Bytes of private RAM.
+        needed: u64,
+        /// Bytes that are left.
+        left: u64,
+    },
     /// The image needs features that this configuration does not offer.
     #[error("the guest needs features {missing:#x}, which this VM does not offer")]
     Features {
@@ -173,6 +184,9 @@ impl VmBuilder {
     }
 
     /// Whether all of private RAM is made present while building.
+    ///
+    /// More than the host has left, as it says at that moment, is refused ([`BuildError::NoRoom`]): the
+    /// kernel would rather end this program.
     pub fn prefault(mut self, prefault: bool) -> VmBuilder {
         self.prefault = prefault;
         self
@@ -368,6 +382,7 @@ impl VmBuilder {
         }
         if self.prefault {
             host::require(HostFeature::PopulateWrite, accel)?;
+            fits(self.memory, room_left())?;
         }
         let features = self.features();
         let missing = self.image.note().needed_features & !features;
@@ -558,6 +573,14 @@ impl VmBuilder {
     }
 }
 
+/// Whether so much memory can be made present; what nobody knows is tried.
+fn fits(needed: u64, left: Option<u64>) -> Result<(), BuildError> {
+    match left {
+        Some(left) if left < needed => Err(BuildError::NoRoom { needed, left }),
+        _ => Ok(()),
+    }
+}
+
 fn clock_updates(shared: &Arc<Shared>) -> (Duration, Box<dyn FnMut() + Send>) {
     let shared = Arc::downgrade(shared);
     let update = move || {
@@ -603,5 +626,22 @@ impl<F: FnMut(&[u8])> Write for Callback<F> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_is_left_is_not_prefaulted() {
+        assert!(fits(50, Some(50)).is_ok() && fits(50, None).is_ok());
+        let error = fits(50 << 30, Some(23 << 30)).unwrap_err();
+        assert!(matches!(error, BuildError::NoRoom { .. }));
+        let text = error.to_string();
+        assert!(
+            text.contains("53687091200") && text.contains("24696061952"),
+            "{text}"
+        );
     }
 }
