@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vhost_backends::session::{self, Device, FrontendLink, QueueSetup, QueueWorker};
-use vmm_core::{BlockConfig, BuildError, Image, VmBuilder, VmEvent};
+use vmm_core::{BlockConfig, BuildError, ExitReason, Image, VmBuilder, VmEvent};
 
 /// A `pv-blkd` that the test runs, as somebody else would.
 struct Daemon {
@@ -95,12 +95,9 @@ fn an_unsupervised_backend_is_killed_and_restarted_under_load() {
     }
 }
 
-fn build_with(socket: &Path) -> Result<(), String> {
+fn build_with(disk: BlockConfig) -> Result<(), String> {
     let image = Image::from_bytes(guest_images::SUITE).unwrap();
-    match VmBuilder::new(image)
-        .block(BlockConfig::socket(socket))
-        .build()
-    {
+    match VmBuilder::new(image).block(disk).build() {
         Ok(_) => Ok(()),
         Err(BuildError::Backend { name, source }) => Err(format!("{name}: {source}")),
         Err(other) => panic!("{other}"),
@@ -130,7 +127,7 @@ fn a_backend_that_says_nothing_or_nonsense_does_not_hang_the_build() {
             let _ = std::io::Write::write_all(&mut peer, answer);
         });
         let started = Instant::now();
-        let error = build_with(&socket).expect_err(what);
+        let error = build_with(BlockConfig::socket(&socket)).expect_err(what);
         assert!(error.starts_with("disk: "), "{what}: {error}");
         assert!(
             started.elapsed() < patience(60),
@@ -148,10 +145,48 @@ fn a_backend_that_never_answers_is_given_up() {
     // Connections are accepted by the kernel and never served.
     let _listener = UnixListener::bind(&socket).unwrap();
     let started = Instant::now();
-    let error = build_with(&socket).expect_err("a silent backend");
+    let error = build_with(BlockConfig::socket(&socket)).expect_err("a silent backend");
     assert!(error.contains("GET_FEATURES"), "{error}");
     assert!(started.elapsed() >= Duration::from_secs(1));
     assert!(started.elapsed() < patience(60));
+}
+
+#[test]
+fn a_backend_of_this_process_that_never_answers_is_given_up() {
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    let started = Instant::now();
+    let silent = BlockConfig::in_process(move |_| {
+        // Not even when its stream is closed.
+        let _ = held.lock().unwrap().recv();
+        Ok(())
+    });
+    let error = build_with(silent).expect_err("a silent backend");
+    assert!(error.contains("has not answered within"), "{error}");
+    assert!(started.elapsed() < patience(60));
+    drop(release);
+}
+
+#[test]
+fn a_listener_for_events_that_panics_ends_its_vm() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    blank_image(&image).unwrap();
+    for accel in accels().unwrap() {
+        let vm = suite_vm("life.spin", accel).unwrap();
+        let vm = vm
+            .block(paravane_tests::disk(&image, &[]))
+            .on_event(|_| panic!("in a listener"));
+        let vm = vm.build().unwrap().run().unwrap();
+        let daemon = vm.backend_pids()[0].to_string();
+        let killed = Command::new("kill").args(["-9", &daemon]).status();
+        assert!(killed.unwrap().success());
+        let reason = vm.wait_timeout(patience(30)).expect("its end");
+        assert!(
+            matches!(&reason, ExitReason::Host(e) if e.to_string().contains("panicked")),
+            "{accel}: {reason:?}"
+        );
+    }
 }
 
 /// Takes a connection and relays it to a real daemon, message by message, until it has passed on

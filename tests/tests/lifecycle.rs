@@ -360,18 +360,33 @@ fn backends_that_cannot_serve_are_named() {
 fn a_handler_that_panics_ends_its_own_vm_only() {
     let _alone = alone();
     for accel in accels().unwrap() {
-        let vm = suite_vm("life.ticker", accel)
-            .unwrap()
-            .call(5, |_| panic!("in a handler"));
-        let vm = vm.build().unwrap().run().unwrap();
-        let reason = vm.wait_timeout(patience(30)).unwrap();
-        assert!(matches!(&reason, ExitReason::Host(e) if e.to_string().contains("panicked")));
-        let other = suite_vm("call.nop", accel)
-            .unwrap()
-            .build()
-            .unwrap()
-            .run()
-            .unwrap();
+        let suite = |case| suite_vm(case, accel).unwrap();
+        // One that is there all the while.
+        let beside = suite("life.spin").build().unwrap().run().unwrap();
+        let builders = [
+            (
+                "call handler",
+                suite("life.ticker").call(5, |_| panic!("in a handler")),
+            ),
+            (
+                "log sink",
+                suite("call.log_limits").log(|_, _| panic!("in a sink")),
+            ),
+        ];
+        for (what, vm) in builders {
+            let vm = vm.build().unwrap().run().unwrap();
+            let reason = vm.wait_timeout(patience(30)).expect(what);
+            assert!(
+                matches!(&reason, ExitReason::Host(e) if e.to_string().contains("panicked")),
+                "{accel}: {what}: {reason:?}"
+            );
+            let started = Instant::now();
+            drop(vm);
+            assert!(started.elapsed() < patience(10), "{accel}: {what}");
+        }
+        assert!(beside.exit().is_none(), "{accel}: {:?}", beside.exit());
+        beside.pause().unwrap();
+        let other = suite("call.nop").build().unwrap().run().unwrap();
         assert_eq!(other.wait_timeout(patience(30)).unwrap().code(), Some(0));
     }
 }
