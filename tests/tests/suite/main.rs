@@ -18,7 +18,7 @@ mod expect;
 mod host;
 
 use anyhow::Context;
-use beside::{Neighbour, Tmpfs};
+use beside::{Neighbour, Tmpfs, emulated, shut_down};
 use cases::{CASES, End, about_backends, cases};
 use expect::{Ran, as_in_a_process, check};
 use host::{Host, Transcript, calls, endless, never_starts};
@@ -28,8 +28,7 @@ use paravane_tests::{
 };
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-use vmm_core::{Accel, FaultClass, VmBuilder};
+use vmm_core::{Accel, VmBuilder};
 
 fn main() -> anyhow::Result<()> {
     let arguments = Arguments::from_args();
@@ -104,9 +103,8 @@ fn run_on_this_cpu(
     backend: Backend,
     skipped: &Mutex<Vec<String>>,
 ) -> anyhow::Result<()> {
-    let emulated = patience(1) > Duration::from_secs(1);
     match run(case, end, accel, backend, skipped) {
-        Err(error) if emulated && accel == Accel::Kvm && error.is::<ShutDown>() => {
+        Err(error) if emulated() && accel == Accel::Kvm && error.is::<ShutDown>() => {
             println!("REPEATED: {accel}::{case}: the emulated CPU shut down: {error:#}");
             run(case, end, accel, backend, skipped).context("the second time")
         }
@@ -192,7 +190,7 @@ fn run(
     {
         return as_in_a_process(case, class, &reason, skipped).with_context(|| transcript.log());
     }
-    if check(end, &reason).is_err() && reason.fault_class() == Some(FaultClass::Shutdown) {
+    if check(end, &reason).is_err() && shut_down(&reason) {
         return Err(ShutDown(format!("{}: the guest {reason}", transcript.log())).into());
     }
     check(end, &reason).with_context(|| transcript.log())?;
