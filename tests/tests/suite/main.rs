@@ -105,7 +105,7 @@ fn run_on_this_cpu(
 ) -> anyhow::Result<()> {
     match run(case, end, accel, backend, skipped) {
         Err(error) if emulated() && accel == Accel::Kvm && error.is::<ShutDown>() => {
-            println!("REPEATED: {accel}::{case}: the emulated CPU shut down: {error:#}");
+            println!("REPEATED: {accel}::{case}, on an emulated CPU: {error:#}");
             run(case, end, accel, backend, skipped).context("the second time")
         }
         outcome => outcome,
@@ -190,10 +190,12 @@ fn run(
     {
         return as_in_a_process(case, class, &reason, skipped).with_context(|| transcript.log());
     }
-    if check(end, &reason).is_err() && shut_down(&reason) {
-        return Err(ShutDown(format!("{}: the guest {reason}", transcript.log())).into());
-    }
-    check(end, &reason).with_context(|| transcript.log())?;
+    check(end, &reason)
+        .with_context(|| transcript.log())
+        .map_err(|error| match shut_down(&reason) {
+            true => error.context(ShutDown),
+            false => error,
+        })?;
     let ran = Ran {
         case,
         accel,
@@ -211,12 +213,10 @@ fn run(
 
 /// The CPU shut down, and the case is not about that.
 #[derive(Debug)]
-struct ShutDown(String);
+struct ShutDown;
 
 impl std::fmt::Display for ShutDown {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        f.write_str("the CPU shut down")
     }
 }
-
-impl std::error::Error for ShutDown {}

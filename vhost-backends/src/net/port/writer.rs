@@ -59,13 +59,13 @@ impl Writer {
         self.vectors.clear();
         self.counts.clear();
         for (frame, room) in frames.iter().zip(&mut self.small) {
-            let header = frame.header.as_bytes();
             if frame.len() <= SMALL {
                 gather(frame, room);
                 self.counts.push(0);
                 continue;
             }
             let before = self.vectors.len();
+            let header = frame.header.as_bytes();
             self.vectors.push(libc::iovec {
                 iov_base: header.as_ptr().cast_mut().cast(),
                 iov_len: header.len(),
